@@ -1,0 +1,1 @@
+"""The command line and the daemon; alone reads settings files, environment and signals."""
