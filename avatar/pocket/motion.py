@@ -142,7 +142,8 @@ def next_drive(state: MotionState, energy: Tensor) -> Tensor:
     Returns: [1, T, 11] in the order of DRIVE, picture units.
     """
     steps = energy.shape[-1]
-    fresh = torch.randn(1, steps, NOISE_CHANNELS + 1, generator=state.rng)
+    # one draw for each frame: a single larger draw would give other numbers for another block length
+    fresh = torch.stack([torch.randn(1, NOISE_CHANNELS + 1, generator=state.rng) for _ in range(steps)], dim=1)
     noise = torch.cat([state.noise, fresh[..., :NOISE_CHANNELS].mT], dim=-1)
     smooth = torch.nn.functional.conv1d(noise, _kernels(), groups=NOISE_CHANNELS)
     # a normal deviate over this threshold happens at the wanted rate
