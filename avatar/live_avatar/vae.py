@@ -1,0 +1,194 @@
+"""The Wan 2.1 VAE: diffusers' AutoencoderKLWan, with its causal memory in the caller's hands.
+
+Every 3x3x3 convolution looks two frames back. diffusers keeps those frames in the module and clears them with each
+call; here they are an argument, so two streams can share one set of weights, and decoding in chunks gives what
+decoding in one piece gives. One latent frame is 1 pixel frame at the start of a video and 4 afterwards.
+
+diffusers' caches are private (`feat_cache`, `_cached_conv_counts`): the version is pinned to 0.42, and the tests
+compare chunked with whole.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+LATENT_CHANNELS = 16
+SPATIAL_FACTOR = 8
+TEMPORAL_FACTOR = 4
+
+# fmt: off
+LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: on
+
+
+@dataclass
+class VaeState:
+    """What one direction of one stream remembers.
+
+    cache: one slot for each causal convolution, the last frames it was given; a slot is replaced at each call and never
+    written in place, so a copy of the list is a snapshot. started: whether the first frame has gone through.
+    """
+
+    cache: list[Any]
+    started: bool = False
+
+    def copy(self) -> VaeState:
+        """A snapshot; shares the tensors, which nobody writes to."""
+        return VaeState(list(self.cache), self.started)
+
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slot in self.cache if isinstance(slot, Tensor))
+
+
+class WanVae(nn.Module):
+    """Pixels to latents and back, whole or as a stream.
+
+    Args:
+        model: an AutoencoderKLWan; its weights' dtype is the dtype of the convolutions and of the stored caches.
+        bf16_constants: round latent mean and 1/std to bfloat16 as Live Avatar does, for parity of a bf16 run.
+    """
+
+    latent_mean: Tensor
+    latent_inverse_std: Tensor
+
+    def __init__(self, model: AutoencoderKLWan, *, bf16_constants: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        mean, std = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
+        inverse = 1 / std
+        if bf16_constants:
+            mean, inverse = mean.bfloat16(), 1 / std.bfloat16()
+        self.register_buffer("latent_mean", mean.view(1, -1, 1, 1, 1), persistent=False)
+        self.register_buffer("latent_inverse_std", inverse.view(1, -1, 1, 1, 1), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.quant_conv.weight.dtype
+
+    def init_encoder(self) -> VaeState:
+        return VaeState([None] * self.model._cached_conv_counts["encoder"])
+
+    def init_decoder(self) -> VaeState:
+        return VaeState([None] * self.model._cached_conv_counts["decoder"])
+
+    def encode(self, video: Tensor, state: VaeState | None = None) -> Tensor:
+        """Normalised posterior means; no sampling.
+
+        Args:
+            video: [B, 3, T, H, W] in [-1, 1]; T = 1 + 4k at the start of a video, 4k afterwards.
+            state: advanced in place; without one the video is whole.
+        Returns: float32 [B, 16, T', H/8, W/8], T' = 1 + k at the start, k afterwards.
+        Raises: ValueError: T is none of those numbers. (The reference drops such frames without a word.)
+        """
+        state = self.init_encoder() if state is None else state
+        frames = video.shape[2]
+        first = 0 if state.started else 1
+        if frames < 1 or (frames - first) % TEMPORAL_FACTOR:
+            raise ValueError(f"{frames} frames to encode: want {'4k' if state.started else '1 + 4k'} of them")
+        video = video.to(self.dtype)
+        starts = ([0] if first else []) + list(range(first, frames, TEMPORAL_FACTOR))
+        parts = []
+        for start, end in zip(starts, [*starts[1:], frames], strict=True):
+            parts.append(self.model.encoder(video[:, :, start:end], feat_cache=state.cache, feat_idx=[0]))
+            self._settle(state)
+        mu = self.model.quant_conv(torch.cat(parts, 2)).chunk(2, 1)[0]
+        return ((mu - self.latent_mean) * self.latent_inverse_std).float()
+
+    def decode(self, latents: Tensor, state: VaeState | None = None) -> Tensor:
+        """Pixels of some latent frames.
+
+        Args:
+            latents: normalised, [B, 16, T, h, w], T >= 1.
+            state: advanced in place; without one the video is whole.
+        Returns: float32 [B, 3, F, 8h, 8w] clamped to [-1, 1]; F = 4T - 3 at the start of a video, 4T afterwards.
+        """
+        return self.decode_unclamped(latents, state).clamp_(-1, 1)
+
+    def decode_unclamped(self, latents: Tensor, state: VaeState | None = None) -> Tensor:
+        """`decode` before the clamp; float32."""
+        state = self.init_decoder() if state is None else state
+        raw = (latents / self.latent_inverse_std + self.latent_mean).to(self.dtype)
+        raw = self.model.post_quant_conv(raw)
+        parts = []
+        # One latent a call: bit-equal to the one-shot decode, and the largest activation is that of four frames.
+        for frame in raw.split(1, dim=2):
+            parts.append(self.model.decoder(frame, feat_cache=state.cache, feat_idx=[0], first_chunk=not state.started))
+            self._settle(state)
+        return torch.cat(parts, 2).float()
+
+    def _settle(self, state: VaeState) -> None:
+        state.started = True
+        # Under autocast the inputs of residual convolutions are float32, and the convolution rounds them anyway.
+        state.cache[:] = [slot.to(self.dtype) if isinstance(slot, Tensor) else slot for slot in state.cache]
+
+
+def prime(vae: WanVae, latent: Tensor, frames: int = 7) -> VaeState:
+    """A decoder that has already shown a still picture, so that each later latent frame is 4 pixel frames.
+
+    Args:
+        latent: [B, 16, T, h, w], the still picture; its last frame is repeated when T < frames, else the last `frames`
+            are used. 7 is what Live Avatar's pipeline over timesteps does (TPP:960); the decoder reaches back 37.
+    """
+    still = torch.cat([latent, latent[:, :, -1:].expand(-1, -1, max(0, frames - latent.shape[2]), -1, -1)], 2)
+    state = vae.init_decoder()
+    for frame in still[:, :, -frames:].split(1, dim=2):
+        vae.decode(frame, state)
+    return state
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """[3, F, H, W] in [-1, 1] to uint8 [F, H, W, 3], truncating as the reference does."""
+    return ((video.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def from_uint8(image: Tensor) -> Tensor:
+    """uint8 [H, W, 3] to float32 [3, H, W] in [-1, 1]."""
+    return image.permute(2, 0, 1).float() / 255 * 2 - 1
+
+
+def build_vae(base_dim: int = 96) -> AutoencoderKLWan:
+    """The network without weights (meta device); everything but its width is Wan 2.1's."""
+    with torch.device("meta"):
+        return AutoencoderKLWan(base_dim=base_dim, z_dim=LATENT_CHANNELS).eval().requires_grad_(False)
+
+
+def decoder_state_bytes(vae: WanVae, height: int, width: int) -> int:
+    """Bytes of a primed decoder's state for pictures of that size, worked out on the meta device."""
+    with torch.no_grad(), torch.device("meta"):
+        shadow = WanVae(build_vae(vae.model.config.base_dim).to(vae.dtype))
+        latent = torch.empty(1, LATENT_CHANNELS, 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+        return prime(shadow, latent, frames=4).nbytes()
+
+
+_RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
+
+
+def diffusers_name(name: str) -> str:
+    """The diffusers name of a tensor of `Wan2.1_VAE.pth` (spec 6.3); a name that fits no rule comes back unchanged."""
+    top = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
+    head, _, rest = name.partition(".")
+    if head in top:
+        return f"{top[head]}.{rest}"
+    rest = re.sub(r"^conv1\.", "conv_in.", rest)
+    rest = re.sub(r"^head\.0\.", "norm_out.", rest)
+    rest = re.sub(r"^head\.2\.", "conv_out.", rest)
+    rest = re.sub(r"^middle\.0\.", "mid_block.resnets.0.", rest)
+    rest = re.sub(r"^middle\.1\.", "mid_block.attentions.0.", rest)
+    rest = re.sub(r"^middle\.2\.", "mid_block.resnets.1.", rest)
+    rest = re.sub(r"^downsamples\.", "down_blocks.", rest)
+    if match := re.match(r"^upsamples\.(\d+)\.(.*)", rest):
+        # Four stages of three residual blocks; an upsampler stands after each of the first three.
+        stage, place = divmod(int(match[1]), 4)
+        module = f"resnets.{place}" if place < 3 else "upsamplers.0"
+        rest = f"up_blocks.{stage}.{module}.{match[2]}"
+    rest = re.sub(r"residual\.([0236])\.", lambda match: f"{_RESIDUAL[match[1]]}.", rest)
+    return f"{head}.{rest.replace('shortcut.', 'conv_shortcut.')}"
