@@ -53,7 +53,9 @@ def speech_energy(mel: Tensor) -> Tensor:
     return loud.unflatten(-1, (-1, 4)).mean(-1)
 
 
-def compose(smooth: Tensor, blink: Tensor, energy: Tensor, phase: Tensor, first_frame: int, amplitude: Tensor) -> Tensor:
+def compose(
+    smooth: Tensor, blink: Tensor, energy: Tensor, phase: Tensor, first_frame: int, amplitude: Tensor
+) -> Tensor:
     """Put the drive together.
 
     Args:

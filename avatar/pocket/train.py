@@ -1,0 +1,535 @@
+"""Train the embedded model: `python -m avatar.pocket.train --data DIR --out DIR --stage NAME --seconds N`.
+
+Stages, in order: vae, ear, meter, dit, polish. Each takes a budget of seconds on one GPU, saves a checkpoint every
+minute and at its end, and goes on from it when run again, so that a run may be cut anywhere. All data is drawn on the
+fly.
+
+vae     pictures to latents and back: weighted Charbonnier, gradients, frame differences, a little KL, noisy latents.
+ear     log-mel to the mouth's four numbers.
+meter   pictures to what is in them; the instrument of `avatard bench quality`.
+dit     flow matching on whole sequences, each at one noise level, with the attention window that the rings hold when
+        streaming; from part of the time on, half of the batches start from what the model itself made of noise.
+polish  the last step of the sampler and the decoder together, against the drawn pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from avatar.pocket import ear as hearing
+from avatar.pocket.ear import MEL_PER_FRAME, Ear, EarConfig
+from avatar.pocket.meter import MOVES, Meter, truth
+from avatar.pocket.motion import sample_drive, speech_energy
+from avatar.pocket.muon import Muon
+from avatar.pocket.vae import PocketVae
+from avatar.pocket.world import (
+    SIZE,
+    Motion,
+    Person,
+    as_frames,
+    as_motion,
+    detail_weight,
+    draw,
+    reference_motion,
+    sample_person,
+)
+
+log = logging.getLogger("avatar.pocket.train")
+
+SAVE_EVERY_S = 60.0
+
+
+# --------------------------------------------------------------------------- data
+
+
+class SpeechClips:
+    """Speech with its mouth, quantised to bytes, kept on the device; clips of it, stretched and disturbed."""
+
+    def __init__(self, path: Path, where: torch.device) -> None:
+        stored = np.load(path)
+        self.arrays = {}
+        self.ranges = {}
+        for name in ("mel", "mouth"):
+            self.arrays[name] = torch.from_numpy(stored[name]).to(where)
+            self.ranges[name] = tuple(float(v) for v in stored[f"{name}_range"])
+        self.frames = len(self.arrays["mel"])
+        self.where = where
+
+    def at(self, name: str, position: Tensor) -> Tensor:
+        """The array at fractional frames, linearly between neighbours, in real units."""
+        array, (low, high) = self.arrays[name], self.ranges[name]
+        position = position.clamp(0, self.frames - 1.001)
+        index = position.long()
+        between = (position - index)[..., None]
+        a, b = array[index].float(), array[(index + 1).clamp_max(self.frames - 1)].float()
+        return (a + (b - a) * between) / 255 * (high - low) + low
+
+    def sample(self, count: int, frames: int, ear: EarConfig, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random clips at 0.85 to 1.2 of their speed, one in seventeen silent.
+
+        Returns: log10 mel [count, past + 4 frames + ahead, 80] and mouth [count, frames, 4].
+        """
+        speed = 0.85 + 0.35 * torch.rand(count, 1, generator=g, device=self.where)
+        room = self.frames - (frames * MEL_PER_FRAME + ear.past + ear.ahead) * 1.25 - 600
+        start = 300 + torch.rand(count, 1, generator=g, device=self.where) * room
+        ticks = torch.arange(-ear.past, frames * MEL_PER_FRAME + ear.ahead, device=self.where)
+        mel = self.at("mel", start + ticks[None] * speed)
+        middle = torch.arange(frames, device=self.where) * MEL_PER_FRAME + 1.5
+        mouth = self.at("mouth", start + middle[None] * speed)
+        silent = torch.rand(count, 1, 1, generator=g, device=self.where) < 0.06
+        return torch.where(silent, torch.full_like(mel, -5.0), mel), mouth * ~silent
+
+
+def disturb(mel: Tensor, g: torch.Generator) -> Tensor:
+    """Another throat, level, microphone and room: warped, tilted and noisy log10 mel of the same shape."""
+    batch, _, bins = mel.shape
+    where = mel.device
+
+    def uniform(low: float, high: float) -> Tensor:
+        return (low + (high - low) * torch.rand(batch, generator=g, device=where))[:, None, None]
+
+    def tilt(amount: float) -> Tensor:
+        return torch.cumsum(torch.randn(batch, 1, bins, generator=g, device=where) * amount, 2)
+
+    position = (torch.arange(bins, device=where)[None] * uniform(0.88, 1.14)[:, 0]).clamp(0, bins - 1.001)
+    index = position.long()
+    between = (position - index)[:, None]
+    index = index[:, None].expand(-1, mel.shape[1], -1)
+    mel = mel.gather(2, index) * (1 - between) + mel.gather(2, index + 1) * between
+    mel = mel + uniform(-0.8, 0.5) + tilt(0.03)
+    quiet = torch.rand(batch, 1, 1, generator=g, device=where) < 0.5
+    floor = torch.where(quiet, uniform(-6.0, -4.6), uniform(-4.6, -2.6))
+    noise = floor + 0.2 * torch.randn(mel.shape, generator=g, device=where) + tilt(0.04)
+    return torch.log10(10**mel + 10**noise).clamp_min(-5)
+
+
+@dataclass
+class Clips:
+    """B clips of V frames: who, how they move, what is heard."""
+
+    person: Person
+    motion: Motion
+    drive: Tensor
+    mouth: Tensor
+    mel: Tensor
+
+    def __getitem__(self, span: slice) -> Clips:
+        return Clips(
+            {k: v[span] for k, v in self.person.items()},
+            {k: v[span] for k, v in self.motion.items()},
+            self.drive[span],
+            self.mouth[span],
+            self.mel[span],
+        )
+
+
+def make_clips(
+    speech: SpeechClips, count: int, frames: int, g: torch.Generator, calm: float = 0.5, wild: float = 1.4
+) -> Clips:
+    """Draw new clips; head motion between `calm` and `wild` of the usual."""
+    ear = EarConfig()
+    mel, mouth = speech.sample(count, frames, ear, g)
+    energy = speech_energy(mel[:, ear.past : ear.past + frames * MEL_PER_FRAME])
+    amplitude = calm + (wild - calm) * torch.rand(count, 1, generator=g, device=mel.device)
+    drive = sample_drive(energy, amplitude, g)
+    return Clips(sample_person(count, g), as_motion(drive, mouth), drive, mouth, mel)
+
+
+def in_batches(make: Callable[[], Clips], size: int) -> Iterator[Clips]:
+    """Endless batches of `size` out of larger draws: few big kernels instead of many small ones."""
+    while True:
+        many = make()
+        for i in range(0, len(many.drive), size):
+            yield many[slice(i, i + size)]
+
+
+class Painter:
+    """`draw`, compiled for one number of frames where that pays (on a GPU)."""
+
+    def __init__(self, frames: int, where: torch.device) -> None:
+        self.frames = frames
+        self.fast = torch.compile(draw, dynamic=False) if where.type == "cuda" else draw
+
+    def __call__(self, clips: Clips) -> Tensor:
+        """[B, V, 3, S, S] in 0..1."""
+        person, motion = as_frames(clips.person, clips.motion)
+        motion = {k: v.contiguous() for k, v in motion.items()}
+        batch, frames = clips.drive.shape[:2]
+        paint = self.fast if batch * frames == self.frames else draw
+        return paint(person, motion).unflatten(0, (batch, frames))
+
+
+def weights_of(clips: Clips, size: int) -> Tensor:
+    """[B, V, 1, size, size]: where detail matters."""
+    person, motion = as_frames(clips.person, clips.motion)
+    return detail_weight(person, motion, size).unflatten(0, clips.drive.shape[:2])
+
+
+def references(clips: Clips, g: torch.Generator) -> Tensor:
+    """One reference picture for each clip, [B, 3, S, S] in 0..1, in a pose of its own."""
+    person, motion = as_frames(clips.person, reference_motion(len(clips.drive), g))
+    return draw(person, motion)
+
+
+# --------------------------------------------------------------------------- the loop all stages share
+
+
+class Ema:
+    """A slow copy of a module's weights."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module, self.decay, self.updates = module, decay, 0
+        self.slow = {k: v.detach().clone().float() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        now = self.module.state_dict()
+        names = [k for k in self.slow if self.slow[k].is_floating_point()]
+        torch._foreach_lerp_([self.slow[k] for k in names], [now[k].float() for k in names], 1 - decay)
+
+
+class Run:
+    """One stage's clock, log, checkpoint and divergence guard.
+
+    `modules` are trained; a checkpoint holds their weights, their slow copies, the optimiser's momenta and the seconds
+    spent. When the loss stops being finite or grows past 2.5 times its best, the last good weights are put back and the
+    rate is halved.
+    """
+
+    def __init__(
+        self, name: str, out: Path, seconds: float, modules: dict[str, nn.Module], optimiser: Muon, decay: float
+    ) -> None:
+        self.name, self.out, self.seconds, self.modules, self.optimiser = name, out, seconds, modules, optimiser
+        self.emas = {k: Ema(m, decay) for k, m in modules.items()}
+        self.spent, self.step, self.rate = 0.0, 0, 1.0
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.good: dict[str, dict[str, Tensor]] | None = None
+        self.best, self.smooth = math.inf, 0.0
+        self.path = out / f"{name}.checkpoint.safetensors"
+        self._resume()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {}
+        for key, module in self.modules.items():
+            found |= {f"now/{key}/{n}": v.float() for n, v in module.state_dict().items()}
+            found |= {f"slow/{key}/{n}": v for n, v in self.emas[key].slow.items()}
+            for n, p in module.named_parameters():
+                found |= {f"momentum/{key}/{n}/{b}": v for b, v in self.optimiser.state.get(p, {}).items()}
+        return {k: v.detach().contiguous() for k, v in found.items()}
+
+    def _resume(self) -> None:
+        if not self.path.exists():
+            return
+        stored = load_file(self.path)
+        facts = json.loads(self.path.with_suffix(".json").read_text())
+        self.spent, self.step, self.rate = facts["spent"], facts["step"], facts["rate"]
+        self.optimiser.steps = self.step
+        for key, module in self.modules.items():
+            own = module.state_dict()
+            module.load_state_dict({n: stored[f"now/{key}/{n}"].to(v) for n, v in own.items()})
+            self.emas[key].slow = {n: stored[f"slow/{key}/{n}"].to(v.device) for n, v in own.items()}
+            self.emas[key].updates = self.step
+            for n, p in module.named_parameters():
+                for b in ("mean", "square"):
+                    if (found := stored.get(f"momentum/{key}/{n}/{b}")) is not None:
+                        self.optimiser.state[p][b] = found.to(p)
+        log.info("%s: goes on at step %d, %.0f s of %.0f s spent", self.name, self.step, self.spent, self.seconds)
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        part = self.path.with_suffix(".part")
+        save_file(self._tensors(), part)
+        part.replace(self.path)
+        facts = {"spent": self.spent, "step": self.step, "rate": self.rate}
+        self.path.with_suffix(".json").write_text(json.dumps(facts))
+
+    def steps(self, warm_up: int, decay_from: float) -> Iterator[float]:
+        """Yield the fraction of the time spent, with the learning rate set, until the budget is spent."""
+        last_save = last_log = started = time.monotonic()
+        before = self.spent
+        first = self.step
+        while self.spent < self.seconds:
+            done = self.spent / self.seconds
+            ramp = min(1.0, (self.step + 1) / warm_up)
+            self.optimiser.schedule(self.rate * ramp * min(1.0, (1 - done) / (1 - decay_from) + 0.003))
+            yield done
+            self.step += 1
+            now = time.monotonic()
+            self.spent = before + now - started
+            if now - last_log > 20:
+                last_log = now
+                each = (now - started) / (self.step - first)
+                figures = {k: round(float(v) / self.counts[k], 4) for k, v in sorted(self.sums.items())}
+                log.info("%s %d %3.0f%% %.1f steps/s %s", self.name, self.step, 100 * done, 1 / each, figures)
+                self.sums, self.counts = {}, {}
+            if now - last_save > SAVE_EVERY_S:
+                last_save = now
+                self.save()
+        self.save()
+
+    def update(self, total: Tensor, /, clip: float = 1.0, **figures: Tensor) -> None:
+        """Backward, clip, step, follow; remember figures for the log."""
+        total.backward()
+        parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
+        nn.utils.clip_grad_norm_(parameters, clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        for ema in self.emas.values():
+            ema.update()
+        for key, value in figures.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value.detach()
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+    def guard(self, loss: Tensor) -> None:
+        """Call now and then with a comparable loss: keeps good weights, puts them back after a divergence."""
+        value = float(loss.detach())
+        self.smooth = value if not self.smooth else 0.7 * self.smooth + 0.3 * value
+        if not math.isfinite(value) or (self.step > 300 and self.smooth > 2.5 * self.best):
+            log.warning("%s: diverged at step %d (loss %.3g); going back, rate halved", self.name, self.step, value)
+            if self.good is None:
+                raise RuntimeError(f"{self.name}: diverged before anything good was kept")
+            for key, module in self.modules.items():
+                module.load_state_dict(self.good[key])
+            self.optimiser.forget()
+            self.rate *= 0.5
+            self.smooth, self.best = 0.0, math.inf
+        else:
+            self.best = min(self.best, self.smooth)
+            self.good = {k: {n: v.detach().clone() for n, v in m.state_dict().items()} for k, m in self.modules.items()}
+
+    def finish(self) -> None:
+        """Put the slow weights in place and write them as the stage's result, in bf16."""
+        for key, module in self.modules.items():
+            own = module.state_dict()
+            module.load_state_dict({n: self.emas[key].slow[n].to(v) for n, v in own.items()})
+            module.eval()
+            store(module, self.out / f"{key}.safetensors")
+
+
+def store(module: nn.Module, path: Path) -> None:
+    """Weights as they are shipped: bf16, safetensors."""
+    tensors = {
+        k: v.detach().to("cpu", torch.bfloat16 if v.is_floating_point() else v.dtype).contiguous()
+        for k, v in module.state_dict().items()
+    }
+    save_file(tensors, path)
+
+
+def recall(module: nn.Module, path: Path) -> nn.Module:
+    """A stage's result into a module, in fp32, ready to use."""
+    module.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    return module.eval()
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Mean squared errors of pictures in -1..1 to decibels."""
+    return 10 * torch.log10(4 / error)
+
+
+def charbonnier(x: Tensor) -> Tensor:
+    return torch.sqrt(x * x + 1e-5)
+
+
+def picture_loss(made: Tensor, wanted: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """made, wanted: [B, V, 3, S, S] in -1..1; weight: [B, V, 1, s, s]. Returns the loss and the plain squared error."""
+    error = (made - wanted).flatten(0, 1)
+    coarse = weight.flatten(0, 1)
+    fine = F.interpolate(coarse, size=error.shape[-1], mode="bilinear")
+    sharp = charbonnier(error[..., 1:] - error[..., :-1]).mean()
+    sharp = sharp + charbonnier(error[..., 1:, :] - error[..., :-1, :]).mean()
+    level = (charbonnier(F.avg_pool2d(error, error.shape[-1] // coarse.shape[-1])) * coarse).mean()
+    moves = made - wanted
+    flicker = charbonnier(moves[:, 1:] - moves[:, :-1]).mean()
+    loss = (charbonnier(error) * fine).mean() + 0.5 * sharp + 0.5 * level + 0.25 * flicker
+    return loss, error.square().mean()
+
+
+# --------------------------------------------------------------------------- stages
+
+
+@dataclass
+class Workshop:
+    """What every stage is given."""
+
+    data: Path
+    out: Path
+    seconds: float
+    where: torch.device
+
+    def rng(self, seed: int) -> torch.Generator:
+        return torch.Generator(device=self.where).manual_seed(seed)
+
+    def half(self) -> torch.autocast:
+        return torch.autocast(self.where.type, dtype=torch.bfloat16)
+
+    def speech(self, which: str = "train") -> SpeechClips:
+        return SpeechClips(self.data / f"speech_{which}.npz", self.where)
+
+    def compiled(self, f: Callable) -> Callable:
+        return torch.compile(f, dynamic=False) if self.where.type == "cuda" else f
+
+    def vae(self) -> PocketVae:
+        vae = recall(PocketVae(), self.out / "vae.safetensors").to(self.where)
+        return vae.to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def train_vae(shop: Workshop, batch: int = 10, frames: int = 12) -> None:
+    torch.manual_seed(1)
+    g = shop.rng(1)
+    speech = shop.speech()
+    vae = PocketVae().to(shop.where).to(memory_format=torch.channels_last)
+    run = Run("vae", shop.out, shop.seconds, {"vae": vae}, Muon(vae.parameters(), lr=0.015, adam_lr=2e-3), 0.998)
+    paint = Painter(batch * frames, shop.where)
+    feed = in_batches(lambda: make_clips(speech, batch * 24, frames, g), batch)
+    encode, decode = shop.compiled(vae.encoder), shop.compiled(vae.decoder)
+    for _ in run.steps(warm_up=300, decay_from=0.4):
+        with torch.no_grad():
+            clips = next(feed)
+            wanted = paint(clips) * 2 - 1
+            weight = weights_of(clips, 64)
+        with shop.half():
+            mean, log_variance = encode(wanted)
+            mean, log_variance = mean.float(), log_variance.float()
+            latents = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, device=g.device, generator=g)
+            # a sampler's latents are never exact: the decoder learns to forgive up to a tenth of their spread
+            spread = 0.1 * torch.rand(batch, 1, 1, 1, 1, device=g.device, generator=g) * mean.detach().std()
+            latents = latents + spread * torch.randn(mean.shape, device=g.device, generator=g)
+            made = decode(latents).float()
+            kl = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).mean()
+            loss, error = picture_loss(made, wanted, weight)
+        total = loss + 2e-5 * kl
+        if run.step % 50 == 0:
+            run.guard(total)
+        run.update(total, psnr=psnr(error.detach()), loss=loss, kl=kl)
+    run.finish()
+    with torch.no_grad(), shop.half():
+        means, whole, face = [], [], []
+        for i in range(8):
+            clips = make_clips(speech, 16, 16, shop.rng(9000 + i))
+            wanted = paint(clips) * 2 - 1
+            mean = vae.encoder(wanted)[0].float()
+            means.append(mean.transpose(2, 4).flatten(0, 3))
+            error = (vae.decoder(mean).float().clamp(-1, 1) - wanted).square()
+            close = (F.interpolate(weights_of(clips, 64).flatten(0, 1), size=SIZE) > 3).float().unflatten(0, (16, 16))
+            whole.append(psnr(error.mean((1, 2, 3, 4))))
+            face.append(psnr((error * close).sum((1, 2, 3, 4)) / (3 * close.sum((1, 2, 3, 4)))))
+        flat = torch.cat(means)
+        vae.mean.copy_(flat.mean(0)[:, None, None])
+        vae.std.copy_(flat.std(0)[:, None, None])
+    store(vae, shop.out / "vae.safetensors")
+    log.info(
+        "vae: PSNR of unseen presenters %.2f dB, mouth and eyes %.2f dB",
+        torch.cat(whole).mean(),
+        torch.cat(face).mean(),
+    )
+
+
+def train_ear(shop: Workshop, batch: int = 256, frames: int = 24) -> None:
+    torch.manual_seed(2)
+    g = shop.rng(2)
+    speech = shop.speech()
+    ear = Ear().to(shop.where)
+    run = Run("ear", shop.out, shop.seconds, {"ear": ear}, Muon(ear.parameters(), lr=0.01, adam_lr=1e-3), 0.998)
+    hear = shop.compiled(ear)
+    for _ in run.steps(warm_up=100, decay_from=0.3):
+        mel, mouth = speech.sample(batch, frames, ear.config, g)
+        with shop.half():
+            _, guess = hear(hearing.normalise(disturb(mel, g)))
+        loss = (guess.float() - mouth).square().mean()
+        run.update(loss, loss=loss)
+    run.finish()
+    test = shop.speech("test")
+    ticks = torch.arange(-ear.config.past, test.frames // 4 * 4 - 400 + ear.config.ahead, device=shop.where) + 200
+    with torch.no_grad():
+        _, guess = ear(hearing.normalise(test.at("mel", ticks[None].float())))
+    wanted = test.at("mouth", 200 + 1.5 + 4 * torch.arange(guess.shape[1], device=shop.where)[None].float())
+    r = [torch.corrcoef(torch.stack([guess[0, :, i], wanted[0, :, i]]))[0, 1].item() for i in range(4)]
+    log.info("ear: correlation on unseen speech: opening %.3f width %.3f pucker %.3f tongue %.3f", *r)
+
+
+def train_meter(shop: Workshop, batch: int = 192) -> None:
+    torch.manual_seed(5)
+    g = shop.rng(5)
+    speech, vae = shop.speech(), shop.vae()
+    paint = Painter(batch, shop.where)
+    feed = in_batches(lambda: make_clips(speech, batch // 4 * 24, 4, g), batch // 4)
+    many = make_clips(speech, 1024, 4, g)
+    values = truth(*as_frames(many.person, many.motion))
+    meter = Meter(values.shape[1]).to(shop.where).to(memory_format=torch.channels_last)
+    meter.mean.copy_(values.mean(0))
+    meter.std.copy_(values.std(0) + 1e-6)
+    run = Run("meter", shop.out, shop.seconds, {"meter": meter}, Muon(meter.parameters(), lr=0.02, adam_lr=1e-3), 0.995)
+    read = shop.compiled(meter)
+    importance = torch.ones(values.shape[1], device=shop.where)
+    importance[: len(MOVES)] = 4.0
+    importance[0] = 12.0
+    encode, decode = shop.compiled(vae.encode), shop.compiled(vae.decode)
+
+    def pictures(clips: Clips, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Drawn pictures, seven in ten through the autoencoder with disturbed latents, and what is in them."""
+        drawn = paint(clips)
+        with shop.half():
+            latents = encode(drawn * 2 - 1)
+            noise = torch.randn(latents.shape, generator=g, device=shop.where)
+            amount = 0.25 * torch.rand(len(drawn), 1, 1, 1, 1, generator=g, device=shop.where)
+            seen = ((decode(latents + amount * noise).float() + 1) / 2).clamp(0, 1)
+        plain = torch.rand(len(drawn), 1, 1, 1, 1, generator=g, device=shop.where) < 0.3
+        frames = torch.where(plain, drawn, seen).flatten(0, 1)
+        return frames, truth(*as_frames(clips.person, clips.motion))
+
+    for _ in run.steps(warm_up=50, decay_from=0.2):
+        with torch.no_grad():
+            frames, values = pictures(next(feed), g)
+        with shop.half():
+            readings = read(frames)
+        wrong = (readings.float() - (values - meter.mean) / meter.std).square().clamp_max(25.0)
+        loss = (wrong * importance).mean()
+        run.update(loss, clip=10.0, loss=loss)
+    run.finish()
+    with torch.no_grad():
+        frames, values = pictures(make_clips(speech, batch // 4, 4, shop.rng(777), 1.0, 1.0), shop.rng(778))
+        readings = meter.measure(frames)
+    explained = 1 - (readings - values).square().mean(0) / values.var(0).clamp_min(1e-9)
+    log.info("meter: R2 %s", {n: round(float(v), 3) for n, v in zip(MOVES, explained, strict=False)})
+    log.info("meter: opening error %.2f px", (readings - values)[:, 0].abs().mean())
+
+
+STAGES: dict[str, Callable[[Workshop], None]] = {"vae": train_vae, "ear": train_ear, "meter": train_meter}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with speech_train.npz and speech_test.npz")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results")
+    parser.add_argument("--stage", choices=list(STAGES), action="append", required=True)
+    parser.add_argument("--seconds", type=float, action="append", required=True, help="budget, one for each --stage")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms %(message)s")
+    given.out.mkdir(parents=True, exist_ok=True)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if where.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    for stage, seconds in zip(given.stage, given.seconds, strict=True):
+        STAGES[stage](Workshop(given.data, given.out, seconds, where))
+
+
+if __name__ == "__main__":
+    main()
