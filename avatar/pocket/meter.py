@@ -48,7 +48,7 @@ class Meter(nn.Module):
             layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU()]
             layers += [nn.Conv2d(b, b, 3, 1, 1), nn.GroupNorm(8, b), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.read = nn.Sequential(nn.Flatten(), nn.Linear(128 * 16, 256), nn.SiLU(), nn.Linear(256, outputs))
+        self.read = nn.Sequential(nn.Flatten(), nn.Linear(128 * 16, 192), nn.SiLU(), nn.Linear(192, outputs))
         self.register_buffer("mean", torch.zeros(outputs))
         self.register_buffer("std", torch.ones(outputs))
 

@@ -510,6 +510,54 @@ def train_meter(shop: Workshop, batch: int = 192) -> None:
     log.info("meter: opening error %.2f px", (readings - values)[:, 0].abs().mean())
 
 
+class Pool:
+    """Clips as the transformer sees them, in latents; the oldest are replaced all the time."""
+
+    def __init__(self, shop: Workshop, size: int, latents: int, seed: int) -> None:
+        self.speech, self.vae, self.g = shop.speech(), shop.vae(), shop.rng(seed)
+        self.half, self.size, self.latents = shop.half, size, latents
+        self.paint = Painter(latents * 4, shop.where)
+        self.encode = shop.compiled(self.vae.encode)
+        self.kept: dict[str, Tensor] = {}
+        self.made = 0
+
+    @torch.no_grad()
+    def add(self, count: int) -> None:
+        """Draw and encode `count` new clips over the oldest."""
+        clips = make_clips(self.speech, count, self.latents * 4, self.g)
+        weight = weights_of(clips, 16).unflatten(1, (-1, 4)).mean(2)
+        with self.half():
+            # one clip at a time, so that memory does not grow with the number
+            latents = [self.encode(_as_bytes(self.paint(clips[i : i + 1])) * 2 - 1) for i in range(count)]
+            still = _as_bytes(references(clips, self.g)) * 2 - 1
+            reference = self.vae.encode(still[:, None].expand(-1, 4, -1, -1, -1))
+        new = {
+            "latents": torch.cat(latents).bfloat16(),
+            "reference": reference.bfloat16(),
+            "mel": clips.mel.half(),
+            "drive": clips.drive,
+            "mouth": clips.mouth,
+            "weight": weight / weight.mean((1, 2, 3, 4), keepdim=True),
+        }
+        if not self.kept:
+            self.kept = {k: v.new_zeros(self.size, *v.shape[1:]) for k, v in new.items()}
+        place = (torch.arange(count, device=self.g.device) + self.made) % self.size
+        for name, values in new.items():
+            self.kept[name][place] = values
+        self.made += count
+
+    def sample(self, count: int) -> dict[str, Tensor]:
+        """A batch of clips, float32, the sound disturbed."""
+        pick = torch.randint(0, min(self.made, self.size), (count,), generator=self.g, device=self.g.device)
+        batch = {name: values[pick].float() for name, values in self.kept.items()}
+        return batch | {"mel": hearing.normalise(disturb(batch["mel"], self.g))}
+
+
+def _as_bytes(pictures: Tensor) -> Tensor:
+    """Rounded to the 256 levels of a real picture."""
+    return (pictures * 255).round() / 255
+
+
 STAGES: dict[str, Callable[[Workshop], None]] = {"vae": train_vae, "ear": train_ear, "meter": train_meter}
 
 

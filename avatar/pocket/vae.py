@@ -22,7 +22,7 @@ class VaeConfig:
     """channels: of a latent; encoder, decoder: widths from fine to coarse and from coarse to fine."""
 
     channels: int = 32
-    encoder: tuple[int, int, int] = (64, 96, 160)
+    encoder: tuple[int, int, int] = (64, 96, 128)
     decoder: tuple[int, int, int] = (192, 128, 64)
     depth: tuple[int, int, int] = (2, 2, 2)
 

@@ -1,0 +1,36 @@
+# make demo   set everything up and make the bundled presenter speak; prints the path of the video
+# make test   set everything up, lint, and run the tests
+# PYTHON=python3.12 chooses another interpreter; VENV=DIR another place for the environment.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+OUT ?= out
+
+.PHONY: demo test lint clean system-packages
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	@mkdir -p $(OUT)
+	$(BIN)/avatard run --image examples/presenter.png --audio examples/welcome.wav --to $(OUT)/demo.mp4 --overwrite
+	@echo "$(abspath $(OUT))/demo.mp4"
+
+test: $(STAMP) system-packages lint
+	$(BIN)/pytest -q $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install it (apt-get install python3.11 python3.11-venv), or say PYTHON=python3.12"; exit 2; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: apt-get install python3-venv"; exit 2; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+system-packages:
+	@sh scripts/system-packages
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist
