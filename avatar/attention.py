@@ -1,0 +1,82 @@
+"""Attention and rotary positions: the two things every network here shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+THETA = 10_000.0
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, scale 1 / sqrt(dim).
+
+    Args:
+        q: [B, N, heads, dim]; k, v: [B, M, heads, dim], read in place, so views of a larger buffer cost no copy.
+        mask: None, or anything that broadcasts to [B, heads, N, M]: True where a query may look.
+    Returns: [B, N, heads, dim].
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def sampled_positions(start: int, extent: int, count: int) -> list[int]:
+    """`count` whole positions, evenly spread from `start` to `start + extent - 1`, both included, cut towards zero."""
+    return [int(position) for position in np.linspace(start, start + extent - 1, count)]
+
+
+def rope_angles(positions: Sequence[int], channels: int) -> np.ndarray:
+    """float64 [len(positions), channels / 2]: position * 10000^(-2k / channels)."""
+    frequencies = THETA ** (-np.arange(0, channels, 2, dtype=np.float64) / channels)
+    return np.outer(np.asarray(positions, dtype=np.float64), frequencies)
+
+
+def rope_table(
+    frames: Sequence[int],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    head_dim: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Rotations of a grid of tokens: float32 [frames * rows * columns, head_dim / 2, (cos, sin)], columns fastest.
+
+    Angles are computed here in float64, so a position may be any integer. cos and sin are rounded to float16 as the
+    reference implementation stores them; the network was trained with these values.
+    """
+    return _rope_table(tuple(frames), tuple(rows), tuple(columns), head_dim, device)
+
+
+# The steps of a block and the blocks of a grid ask for the same few tables again and again.
+@lru_cache(maxsize=16)
+def _rope_table(
+    frames: tuple[int, ...],
+    rows: tuple[int, ...],
+    columns: tuple[int, ...],
+    head_dim: int,
+    device: torch.device | str | None,
+) -> Tensor:
+    spatial = 2 * (head_dim // 6)
+    temporal = head_dim - 2 * spatial
+    shape = (len(frames), len(rows), len(columns))
+    axes = []
+    # A table outlives the call that made it: made as an inference tensor it could not serve a training step later.
+    with torch.inference_mode(False):
+        for axis, (positions, channels) in enumerate(zip((frames, rows, columns), (temporal, spatial, spatial))):
+            angles = rope_angles(positions, channels)
+            rotation = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32).astype(np.float16)
+            view = [1, 1, 1, channels // 2, 2]
+            view[axis] = len(positions)
+            axes.append(torch.from_numpy(rotation).to(device).view(view).expand(*shape, -1, -1))
+        return torch.cat(axes, dim=3).flatten(0, 2).float()
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the adjacent channel pairs of x [B, N, heads, dim] by table [N, dim / 2, 2], in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    rotated = pairs * torch.view_as_complex(table)[:, None]
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)

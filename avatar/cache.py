@@ -1,0 +1,102 @@
+"""What the causal transformer remembers: the keys and values of the conditioning and of the last blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from avatar.attention import apply_rope
+
+
+@dataclass
+class Conditioning:
+    """Keys and values of the conditioning tokens, one pair per layer, made once by `prefill` and shared by all steps.
+
+    keys: [B, C, heads, dim] each, not rotated, because the reference frame moves along with the stream;
+    values: [B, C, heads, dim] each; rows, columns: the token grid of a latent frame. The first rows * columns tokens
+    are the reference frame, the others (packed motion) stay where they are.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        """C."""
+        return self.keys[0].shape[1]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass
+class KVCache:
+    """The memory of one denoising step: [conditioning | ring of the last blocks] in one buffer per layer.
+
+    Attention reads the buffers in place: softmax does not mind the order of keys, so a full ring needs no copy.
+
+    keys, values: [B, C + ring, heads, dim] each, one pair per layer, keys rotated; conditioning_tokens: C;
+    reference_position: the frame position the reference's keys are rotated for at present.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    conditioning_tokens: int
+    reference_position: int | None = None
+
+    @classmethod
+    def empty(cls, conditioning: Conditioning, ring_frames: int) -> KVCache:
+        """A cache of zeros for that conditioning and a ring of `ring_frames` latent frames; then `condition()` it."""
+        ring_tokens = ring_frames * conditioning.tokens_per_frame
+
+        def buffer(like: Tensor) -> Tensor:
+            batch, tokens, heads, dim = like.shape
+            return like.new_zeros(batch, tokens + ring_tokens, heads, dim)
+
+        keys = [buffer(k) for k in conditioning.keys]
+        values = [buffer(v) for v in conditioning.values]
+        return cls(keys, values, conditioning.tokens)
+
+    @property
+    def ring_tokens(self) -> int:
+        return self.keys[0].shape[1] - self.conditioning_tokens
+
+    def condition(self, conditioning: Conditioning, table: Tensor, reference_position: int) -> None:
+        """Overwrite the conditioning part, in place; the ring stays. table: rotations [C, dim / 2, 2] of all tokens."""
+        tokens = self.conditioning_tokens
+        if conditioning.tokens != tokens:
+            raise ValueError(f"cache made for {tokens} conditioning tokens, got {conditioning.tokens}")
+        for layer, (k, v) in enumerate(zip(conditioning.keys, conditioning.values)):
+            self.keys[layer][:, :tokens] = apply_rope(k, table)
+            self.values[layer][:, :tokens] = v
+        self.reference_position = reference_position
+
+    def move_reference(self, conditioning: Conditioning, table: Tensor, position: int) -> None:
+        """Rotate the reference frame's keys for another position, in place. table: [rows * columns, dim / 2, 2]."""
+        tokens = conditioning.tokens_per_frame
+        for layer, k in enumerate(conditioning.keys):
+            self.keys[layer][:, :tokens] = apply_rope(k[:, :tokens], table)
+        self.reference_position = position
+
+    def append(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Write a block into the ring, in place, and give all keys and values it may look at.
+
+        Args:
+            k, v: [B, N, heads, dim], k rotated; the ring holds a whole number of blocks of N tokens.
+            start: index of the block's first token since the stream began. The place depends on nothing else, so a
+                block that is computed again takes its old place.
+        Returns: views [B, C + written, heads, dim] of the buffers; written grows until the ring is full.
+        """
+        tokens, ring = k.shape[1], self.ring_tokens
+        place = start % ring
+        if place + tokens > ring:
+            raise ValueError(f"a block of {tokens} tokens at {start} does not fit a ring of {ring}")
+        first = self.conditioning_tokens + place
+        self.keys[layer][:, first : first + tokens] = k
+        self.values[layer][:, first : first + tokens] = v
+        end = self.keys[layer].shape[1] if start >= ring else first + tokens
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
