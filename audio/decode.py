@@ -1,0 +1,591 @@
+"""Sound as people bring it, to samples as a model hears them: files of any kind, and bytes of PCM.
+
+Everything streams: a file is opened, decoded, mixed down and resampled piece by piece, so an hour costs no more memory
+than a second. Files are opened by PyAV (FFmpeg) and resampled by soxr's streaming resampler, whose pieces are together
+exactly what it gives for the whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import av.error
+import numpy as np
+import soxr
+from numpy.typing import NDArray
+
+from audio.chunk import AudioChunk
+from audio.errors import AvatardError
+
+Samples = NDArray[np.float32]
+
+MAX_DURATION_S = 24 * 3600.0
+PIECE_S = 0.25  # sound given to the resampler at once: large enough that Python's share of the work is small
+GAP_S = 0.05  # a smaller hole between two timestamps is jitter of a recorder's clock
+LONGEST_GAP_S = 60.0  # a larger hole is a broken timestamp rather than lost sound
+LEAST_BITS_PER_S = 200  # of any codec, silence included: what claims less than this lies about its length
+
+
+class AudioError(AvatardError):
+    """The sound cannot be used; the line says why and what to do."""
+
+
+@dataclass
+class SoundReport:
+    """What was wrong with a sound that could be used all the same; grows while it is decoded."""
+
+    decoded_s: float = 0.0
+    skipped_packets: int = 0  # could not be decoded
+    filled_s: float = 0.0  # silence put where sound was lost
+    not_numbers: int = 0  # samples that were NaN or infinite, now silence
+    clamped: int = 0  # samples beyond full scale, now at full scale
+    peak: float = 0.0
+    missing_s: float = 0.0  # how much shorter than its header says
+    broke_off: str = ""  # why reading ended before the end of the file
+
+    def warnings(self) -> list[str]:
+        """One line for each thing a person may want to know; empty for a sound in good order."""
+        lines = []
+        if self.broke_off:
+            lines.append(f"reading broke off after {self.decoded_s:.2f} s ({self.broke_off}); what came before is used")
+        elif self.missing_s > 0:
+            lines.append(f"cut off: {self.missing_s:.2f} s shorter than its header says; what is there is used")
+        if self.skipped_packets:
+            lines.append(f"{self.skipped_packets} damaged packets skipped")
+        if self.filled_s > 0:
+            lines.append(f"{self.filled_s:.2f} s of lost sound filled with silence")
+        if self.not_numbers:
+            lines.append(f"{self.not_numbers} samples were NaN or infinite; they are silence now")
+        if self.clamped:
+            hint = "; it looks like integers stored as floats, divide them by 32768" if self.peak > 100 else ""
+            lines.append(f"{self.clamped} samples beyond full scale (peak {self.peak:.3g}) clamped to it{hint}")
+        if self.decoded_s > 0 and self.peak == 0:
+            lines.append("all silence")
+        return lines
+
+
+@dataclass
+class SoundFile:
+    """A file whose sound can be decoded; made by `open_sound`, holds nothing open.
+
+    declared_s is the length its container claims, None where it claims none: good for a progress bar, not to be relied
+    on. `report` tells of the latest pass of `chunks` and is complete when that has ended.
+    """
+
+    path: Path
+    sample_rate: int
+    channels: int
+    codec: str
+    declared_s: float | None
+    max_duration_s: float = MAX_DURATION_S
+    report: SoundReport = field(default_factory=SoundReport, compare=False)
+
+    def chunks(self, sample_rate: int) -> Iterator[AudioChunk]:
+        """Decode the whole file from its beginning to mono at that rate, chunk by chunk, about a quarter second each.
+
+        Raises: AudioError: the file is longer than max_duration_s (after that much sound), or can no longer be read.
+        """
+        self.report = SoundReport()
+        for samples in _resampled(_mixed(_decoded(self, self.report), 1), 1, sample_rate):
+            yield AudioChunk(samples[:, 0], sample_rate)
+
+    def original(self, sample_rate: int = 48_000, max_channels: int = 2) -> SoundReader:
+        """The sound as it was, for the listener: up to stereo, aligned to `chunks` sample by sample.
+
+        A pass of its own over the file, read as it is asked for.
+        """
+        channels = min(self.channels, max_channels, 2)
+        pieces = _resampled(_mixed(_decoded(self, SoundReport()), channels), channels, sample_rate)
+        return SoundReader(pieces, sample_rate, channels)
+
+
+class SoundReader:
+    """Samples in the amounts a reader wants, from pieces of any length."""
+
+    def __init__(self, pieces: Iterator[Samples], sample_rate: int, channels: int) -> None:
+        self.sample_rate = sample_rate
+        self.channels = channels
+        self._pieces = pieces
+        self._rest: Samples = np.zeros((0, channels), np.float32)
+
+    def read(self, samples: int) -> Samples:
+        """The next samples, float32 [n, channels]: as many as asked for, fewer at the end, none after it."""
+        got, ready = [self._rest], len(self._rest)
+        while ready < samples and (piece := next(self._pieces, None)) is not None:
+            got.append(piece)
+            ready += len(piece)
+        whole = np.concatenate(got)
+        self._rest = whole[samples:].copy()
+        return whole[:samples]
+
+    def close(self) -> None:
+        """Close the file; `read` gives what was decoded already, then nothing."""
+        close = getattr(self._pieces, "close", None)
+        if close is not None:
+            close()
+
+
+def open_sound(path: str | os.PathLike[str], max_duration_s: float = MAX_DURATION_S) -> SoundFile:
+    """Look into an audio or video file and make sure that there is sound in it, by decoding its first samples.
+
+    Raises: AudioError: missing, a folder, unreadable, empty, not a file FFmpeg can open, without an audio track, with
+    nothing in it that can be decoded, or longer than max_duration_s.
+    """
+    path = Path(path)
+    _check_is_file(path)
+    report = SoundReport()
+    with _open(path) as container:
+        stream = _audio_stream(container, path)
+        declared_s = _declared_s(container, stream, path.stat().st_size)
+        first = next(_frames(container, stream, report), None)
+        if first is None:
+            if report.skipped_packets or report.broke_off:
+                raise AudioError(
+                    f"{path}: no sound in it could be decoded ({stream.codec_context.name}); "
+                    "the file is damaged or protected, save it anew as WAV or FLAC"
+                )
+            raise AudioError(f"{path}: the audio track is empty (0 samples); record or export it again")
+        frame = first[0]
+        sound = SoundFile(
+            path=path,
+            sample_rate=frame.sample_rate,
+            channels=frame.layout.nb_channels,
+            codec=stream.codec_context.name,
+            declared_s=declared_s,
+            max_duration_s=max_duration_s,
+        )
+    if not 1000 <= sound.sample_rate <= 1_536_000:
+        raise AudioError(f"{path}: a sample rate of {sound.sample_rate} Hz; its header is damaged, save it anew")
+    if declared_s is not None and declared_s > max_duration_s:
+        raise AudioError(_too_long(sound, f"{_hours(declared_s)} long"))
+    return sound
+
+
+def decode_file(path: str | os.PathLike[str], sample_rate: int) -> Iterator[AudioChunk]:
+    """Decode any audio or video file to mono chunks at that rate: `open_sound(path).chunks(sample_rate)`."""
+    return open_sound(path).chunks(sample_rate)
+
+
+# What is between the file and the samples
+
+
+def _check_is_file(path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise AudioError(f"{path}: is a folder; name one sound file in it")
+        if not path.exists():
+            raise AudioError(f"{path}: no such file; check the path of the sound")
+        if not path.is_file():
+            raise AudioError(f"{path}: is a pipe or a device; save the sound to a file first")
+        size = path.stat().st_size
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise AudioError(f"{path}: cannot be read ({_reason(error)}); check the path and its permissions") from error
+    if size == 0:
+        raise AudioError(f"{path}: is empty (0 bytes); record or export the sound again")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """An input container over the file and nothing else.
+
+    A Python file rather than a name: a name may be a pattern or an address to FFmpeg, and what looks like a sound file
+    may be a playlist that opens other files or addresses of this machine. The white list forbids both.
+    """
+    try:
+        file: BinaryIO = path.open("rb")
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be read ({_reason(error)}); check its permissions") from error
+    with file:
+        try:
+            container = av.open(file, "r", container_options={"protocol_whitelist": "none"}, metadata_errors="replace")
+        except (av.error.FFmpegError, ValueError) as error:
+            raise AudioError(
+                f"{path}: is not a sound or video file that FFmpeg can open, or it was cut off; "
+                "save it as WAV, FLAC, MP3, Opus or MP4"
+            ) from error
+        with container:
+            yield container
+
+
+def _audio_stream(container: Any, path: Path) -> Any:
+    stream = container.streams.best("audio")
+    if stream is None:
+        kinds = sorted({stream.type for stream in container.streams})
+        what = f"only {' and '.join(kinds)}" if kinds else "nothing"
+        raise AudioError(f"{path}: there is no sound in it ({what}); choose a file with an audio track")
+    for other in container.streams:
+        if other is not stream:
+            other.discard = "all"  # a film's pictures need not be read to hear it
+    return stream
+
+
+def _declared_s(container: Any, stream: Any, size: int) -> float | None:
+    """The length the container claims, or None where it claims none or one its size cannot hold."""
+    if stream.duration and stream.time_base:
+        declared_s = float(stream.duration * stream.time_base)
+    elif container.duration:
+        declared_s = container.duration / av.time_base
+    else:
+        return None
+    if declared_s <= 0 or size * 8 / declared_s < LEAST_BITS_PER_S:
+        return None
+    return declared_s
+
+
+def _frames(container: Any, stream: Any, report: SoundReport) -> Iterator[tuple[Any, float]]:
+    """Decoded frames, each with the seconds of sound that were lost before it. What cannot be decoded is skipped."""
+    expected: Fraction | None = None
+    damaged = False
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except (av.error.FFmpegError, OSError) as error:
+            report.broke_off = _reason(error)
+            return
+        try:
+            frames = packet.decode()
+        except av.error.EOFError:
+            return
+        except av.error.FFmpegError:
+            report.skipped_packets += 1
+            damaged = True
+            continue
+        for frame in frames:
+            if frame.samples == 0 or frame.sample_rate <= 0 or frame.layout.nb_channels == 0:
+                continue
+            lost_s = 0.0
+            if frame.pts is not None and frame.time_base:
+                begins = frame.pts * frame.time_base
+                if expected is not None:
+                    hole = float(begins - expected)
+                    if (0.001 if damaged else GAP_S) < hole <= LONGEST_GAP_S:
+                        lost_s = hole
+                expected = begins + Fraction(frame.samples, frame.sample_rate)
+            damaged = False
+            yield frame, lost_s
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some sound as it was decoded: samples float32 [n, channels]; names of the channels as FFmpeg gives them."""
+
+    samples: Samples
+    sample_rate: int
+    channels: tuple[str, ...]
+
+
+def _decoded(sound: SoundFile, report: SoundReport) -> Iterator[_Piece]:
+    """The file's sound in pieces of PIECE_S; a new piece begins where rate or channels change in mid-file."""
+    _check_is_file(sound.path)
+    with _open(sound.path) as container:
+        stream = _audio_stream(container, sound.path)
+        gathered: list[Samples] = []
+        length, rate, names = 0, 0, ()
+        for frame, lost_s in _frames(container, stream, report):
+            form = frame.sample_rate, tuple(channel.name for channel in frame.layout.channels)
+            if gathered and (form != (rate, names) or length >= rate * PIECE_S):
+                yield _Piece(np.concatenate(gathered), rate, names)
+                gathered, length = [], 0
+            rate, names = form
+            if lost_s:
+                silence = np.zeros((round(lost_s * rate), len(names)), np.float32)
+                gathered.append(silence)
+                length += len(silence)
+                report.filled_s += lost_s
+                report.decoded_s += lost_s
+            samples = _clean(_float_samples(frame), report)
+            gathered.append(samples)
+            length += len(samples)
+            report.decoded_s += len(samples) / rate
+            if report.decoded_s > sound.max_duration_s:
+                raise AudioError(_too_long(sound, f"more than {_hours(sound.max_duration_s)} long"))
+        if gathered:
+            yield _Piece(np.concatenate(gathered), rate, names)
+    if sound.declared_s is not None and report.decoded_s < sound.declared_s - 0.5:
+        report.missing_s = sound.declared_s - report.decoded_s
+
+
+def _float_samples(frame: Any) -> Samples:
+    """A frame's samples in [-1, 1] as float32 [n, channels], whatever they are stored as."""
+    if frame.format.name not in _SCALES:
+        (frame,) = av.AudioResampler(format="dblp", layout=frame.layout, rate=frame.sample_rate).resample(frame)
+    values = frame.to_ndarray()
+    channels = frame.layout.nb_channels
+    values = values.T if frame.format.is_planar else values.reshape(-1, channels)
+    offset, scale = _SCALES[frame.format.name]
+    if scale == 1.0:
+        # a double beyond float32's range becomes infinite, and is counted with the others
+        with np.errstate(over="ignore"):
+            return values.astype(np.float32)
+    return (values.astype(np.float32) - np.float32(offset)) * np.float32(1 / scale)
+
+
+_SCALES: dict[str, tuple[float, float]] = {
+    name + planar: scale
+    for name, scale in {
+        "u8": (128.0, 128.0),
+        "s16": (0.0, 2.0**15),
+        "s32": (0.0, 2.0**31),  # 24 bits are kept in its upper part
+        "flt": (0.0, 1.0),
+        "dbl": (0.0, 1.0),
+    }.items()
+    for planar in ("", "p")
+}
+
+
+def _clean(samples: Samples, report: SoundReport) -> Samples:
+    """Samples that are all numbers within full scale; what was not is counted."""
+    peak = float(np.abs(samples).max(initial=0.0))
+    if not math.isfinite(peak):
+        broken = ~np.isfinite(samples)
+        report.not_numbers += int(broken.sum())
+        samples = np.where(broken, np.float32(0), samples)
+        peak = float(np.abs(samples).max(initial=0.0))
+    report.peak = max(report.peak, peak)
+    if peak > 1.0:
+        report.clamped += int((np.abs(samples) > 1.0).sum())
+        samples = np.clip(samples, -1.0, 1.0)
+    return samples
+
+
+# Mixing and resampling
+
+_SIDE = math.sqrt(0.5)
+_MIX: dict[str, tuple[float, float]] = {
+    "FL": (1.0, 0.0),
+    "FR": (0.0, 1.0),
+    "FC": (_SIDE, _SIDE),
+    "FLC": (1.0, 0.0),
+    "FRC": (0.0, 1.0),
+    "BL": (_SIDE, 0.0),
+    "BR": (0.0, _SIDE),
+    "SL": (_SIDE, 0.0),
+    "SR": (0.0, _SIDE),
+    "BC": (0.5, 0.5),
+    "LFE": (0.0, 0.0),
+    "DL": (1.0, 0.0),
+    "DR": (0.0, 1.0),
+}
+
+
+def mix_matrix(names: tuple[str, ...], channels: int) -> Samples:
+    """What to multiply samples [n, len(names)] by to have them in `channels` (1 or 2): float32 [len(names), channels].
+
+    The weights are those of ITU-R BS.775 (centre and surround at -3 dB, no LFE), divided by their sum, so that full
+    scale in every channel is full scale in the mix and nothing can clip; mono is the average of left and right, so
+    stereo to mono is (L + R) / 2. Channels without a known place are averaged.
+    """
+    if len(names) == channels:
+        return np.eye(channels, dtype=np.float32)
+    known = all(name in _MIX for name in names)
+    weights = np.array([_MIX[name] if known else (1.0, 1.0) for name in names])
+    if not weights.any(axis=0).all():
+        weights = np.ones_like(weights)
+    weights = weights / weights.sum(axis=0)
+    if channels == 1:
+        weights = weights.mean(axis=1, keepdims=True)
+    return weights.astype(np.float32)
+
+
+def _mixed(pieces: Iterator[_Piece], channels: int) -> Iterator[tuple[Samples, int]]:
+    """Each piece mixed to that many channels, with its rate."""
+    for piece in pieces:
+        if len(piece.channels) == channels:
+            yield piece.samples, piece.sample_rate
+        else:
+            yield piece.samples @ mix_matrix(piece.channels, channels), piece.sample_rate
+
+
+def _resampled(pieces: Iterator[tuple[Samples, int]], channels: int, sample_rate: int) -> Iterator[Samples]:
+    """The pieces at that rate, float32 [n, channels] in [-1, 1]; together the same as resampling the whole."""
+    resampler: StreamResampler | None = None
+    for samples, rate in pieces:
+        if resampler is None or resampler.from_rate != rate:
+            if resampler is not None and len(rest := resampler.flush()):
+                yield rest
+            resampler = StreamResampler(rate, sample_rate, channels)
+        if len(out := resampler.push(samples)):
+            yield out
+    if resampler is not None and len(rest := resampler.flush()):
+        yield rest
+
+
+class StreamResampler:
+    """soxr's streaming resampler: pieces [n, channels] in, pieces out, kept within full scale."""
+
+    def __init__(self, from_rate: int, to_rate: int, channels: int) -> None:
+        self.from_rate = from_rate
+        self.channels = channels
+        # equal rates pass through: soxr would only add its delay
+        self._stream = None if from_rate == to_rate else soxr.ResampleStream(from_rate, to_rate, channels, "float32")
+
+    def push(self, samples: Samples) -> Samples:
+        """What is ready after these samples; soxr keeps some milliseconds until it has heard what follows."""
+        if self._stream is None or not len(samples):
+            return samples
+        return self._within(self._stream.resample_chunk(np.ascontiguousarray(samples)))
+
+    def flush(self) -> Samples:
+        """What was kept; the end of the stream."""
+        nothing = np.zeros((0, self.channels), np.float32)
+        if self._stream is None:
+            return nothing
+        return self._within(self._stream.resample_chunk(nothing, last=True))
+
+    def _within(self, samples: Samples) -> Samples:
+        # the filter overshoots at steps of full scale
+        return np.clip(samples.reshape(-1, self.channels), -1.0, 1.0)
+
+
+# Bytes of PCM
+
+
+@dataclass(frozen=True)
+class PcmFormat:
+    """How samples lie in a byte stream: the encoding of one, their rate in Hz, and interleaved channels."""
+
+    encoding: str
+    sample_rate: int
+    channels: int = 1
+
+    def __post_init__(self) -> None:
+        if self.encoding not in PCM_ENCODINGS:
+            raise AudioError(f"PCM format '{self.encoding}': unknown; use one of {', '.join(PCM_ENCODINGS)}")
+        if not 1000 <= self.sample_rate <= 768_000:
+            raise AudioError(f"PCM sample rate {self.sample_rate}: not within 1000 and 768000 Hz")
+        if not 1 <= self.channels <= 64:
+            raise AudioError(f"PCM channels {self.channels}: not within 1 and 64")
+
+    @classmethod
+    def parse(cls, text: str) -> PcmFormat:
+        """Read `encoding[:sample_rate[:channels]]`, such as s16le:16000:1; 16000 Hz and mono where not said.
+
+        Raises: AudioError: an unknown encoding, or what is not a number.
+        """
+        encoding, *numbers = text.strip().lower().split(":")
+        try:
+            if len(numbers) > 2:
+                raise ValueError(text)
+            rate, channels = [int(number) for number in numbers] + [16_000, 1][len(numbers) :]
+        except ValueError as error:
+            raise AudioError(f"PCM format '{text}': not encoding:rate:channels, such as s16le:16000:1") from error
+        return cls(encoding, rate, channels)
+
+    def __str__(self) -> str:
+        return f"{self.encoding}:{self.sample_rate}:{self.channels}"
+
+    @property
+    def bytes_per_frame(self) -> int:
+        """Bytes of one sample of every channel."""
+        return PCM_ENCODINGS[self.encoding] * self.channels
+
+
+PCM_ENCODINGS = {"s16le": 2, "s24le": 3, "s32le": 4, "f32le": 4, "u8": 1, "mulaw": 1, "alaw": 1}
+
+
+class PcmDecoder:
+    """Bytes of PCM as they come from a socket or a pipe, cut anywhere, to mono chunks at the rate a model hears.
+
+    Channels are averaged. `report` counts what was not a number or beyond full scale (f32le only).
+    """
+
+    def __init__(self, pcm: PcmFormat, sample_rate: int) -> None:
+        self.pcm = pcm
+        self.sample_rate = sample_rate
+        self.report = SoundReport()
+        self._odd = b""
+        self._resampler = StreamResampler(pcm.sample_rate, sample_rate, 1)
+
+    def feed(self, data: bytes | bytearray | memoryview) -> AudioChunk:
+        """Take in any number of bytes; give the samples that are ready, possibly none.
+
+        Bytes of a sample that is not complete wait for the rest. soxr holds back some milliseconds of sound
+        when the rates differ.
+        """
+        data = self._odd + bytes(data)
+        whole = len(data) - len(data) % self.pcm.bytes_per_frame
+        self._odd = data[whole:]
+        samples = _pcm_samples(data[:whole], self.pcm.encoding).reshape(-1, self.pcm.channels)
+        samples = _clean(samples, self.report)
+        self.report.decoded_s += len(samples) / self.pcm.sample_rate
+        return self._chunk(self._resampler.push(samples.mean(axis=1, keepdims=True, dtype=np.float32)))
+
+    def flush(self) -> AudioChunk:
+        """The stream has ended: the last samples. Bytes of a sample that never became complete are forgotten."""
+        rest = self._resampler.flush()
+        self._odd = b""
+        self._resampler = StreamResampler(self.pcm.sample_rate, self.sample_rate, 1)
+        return self._chunk(rest)
+
+    def _chunk(self, samples: Samples) -> AudioChunk:
+        return AudioChunk(samples[:, 0], self.sample_rate)
+
+
+def _pcm_samples(data: bytes, encoding: str) -> Samples:
+    """Whole samples in bytes to float32 [n] in [-1, 1]."""
+    match encoding:
+        case "s16le":
+            return np.frombuffer(data, "<i2").astype(np.float32) / np.float32(2**15)
+        case "s24le":
+            padded = np.zeros((len(data) // 3, 4), np.uint8)
+            padded[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)  # the upper three bytes of 32 bits
+            return padded.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
+        case "s32le":
+            return np.frombuffer(data, "<i4").astype(np.float32) / np.float32(2**31)
+        case "f32le":
+            return np.frombuffer(data, "<f4").astype(np.float32)
+        case "u8":
+            return (np.frombuffer(data, np.uint8).astype(np.float32) - np.float32(128)) / np.float32(128)
+        case "mulaw":
+            return _MULAW[np.frombuffer(data, np.uint8)]
+        case _:
+            return _ALAW[np.frombuffer(data, np.uint8)]
+
+
+def _mulaw_table() -> Samples:
+    """The 256 values of G.711 mu-law, 14 bits scaled to 16."""
+    code = ~np.arange(256, dtype=np.uint8)
+    exponent, mantissa = (code >> 4 & 7).astype(int), (code & 15).astype(int)
+    magnitude = ((2 * mantissa + 33 << exponent) - 33) * 4
+    return (np.where(code & 128, -magnitude, magnitude) / 2**15).astype(np.float32)
+
+
+def _alaw_table() -> Samples:
+    """The 256 values of G.711 A-law, 13 bits scaled to 16."""
+    code = np.arange(256, dtype=np.uint8) ^ 0x55
+    exponent, mantissa = (code >> 4 & 7).astype(int), (code & 15).astype(int)
+    magnitude = np.where(exponent == 0, 2 * mantissa + 1, 2 * mantissa + 33 << np.maximum(exponent - 1, 0)) * 8
+    return (np.where(code & 128, magnitude, -magnitude) / 2**15).astype(np.float32)
+
+
+_MULAW = _mulaw_table()
+_ALAW = _alaw_table()
+
+
+# Words for people
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.3g} h" if seconds >= 3600 else f"{seconds:.3g} s"
+
+
+def _too_long(sound: SoundFile, length: str) -> str:
+    return f"{sound.path}: {length}, the limit is {_hours(sound.max_duration_s)}; cut it into parts or raise the limit"
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
+        return os.strerror(error.errno).lower()
+    return str(error) or type(error).__name__
