@@ -101,7 +101,7 @@ async def test_items_put_before_an_error_are_delivered_first():
     await channel.put(2)
     channel.close(RuntimeError("the source broke"))
     got = []
-    with pytest.raises(RuntimeError, match="the source broke"):
+    with pytest.raises(RuntimeError, match="the source broke"):  # noqa: PT012
         async for item in channel:
             got.append(item)
     assert got == [1, 2]

@@ -1,0 +1,101 @@
+"""A model of a speaking person in a few lines of numpy: what streaming and service are tested with.
+
+It flashes white in every frame whose sound clicks, so that a test can find picture and sound in a finished file.
+Loaded by path (`tests/toy_model.py:load`) in the engine's process, so it imports nothing of the tests.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from audio.chunk import AudioBlock
+from audio.errors import AvatardError
+from avatar.model import FrameBlock, Part, Reference, StreamSpec
+
+CLICK = 0.5
+"""A frame is white when its sound reaches this."""
+
+OPTIONS = ("delay", "step_s", "fail_at", "how")
+
+
+@dataclass
+class ToyState:
+    colour: np.ndarray
+    rng: np.random.Generator
+    loudness: float = 0.0
+    blocks: int = 0
+    waiting: list[FrameBlock] = field(default_factory=list)
+
+
+class ToyModel:
+    """Dark pictures in the reference's colour, brighter with the sound so far, white at a click.
+
+    delay: blocks that stay in flight, as in a wavefront; step_s: seconds a step takes; at block `fail_at` it fails
+    `how`: "user" (AvatardError), "bug" (an exception), "kill" (SIGKILL), "hang".
+    """
+
+    def __init__(
+        self, size: tuple[int, int], delay: int = 0, step_s: float = 0.0, fail_at: int = -1, how: str = "bug"
+    ) -> None:
+        self.spec = StreamSpec(width=size[0], height=size[1], lookahead_samples=1280)
+        self.delay, self.step_s, self.fail_at, self.how = delay, step_s, fail_at, how
+
+    def parts(self) -> list[Part]:
+        return [Part("toy", 0)]
+
+    def start(self, reference: Reference) -> ToyState:
+        colour = reference.image.reshape(-1, 3).mean(0) * 0.25
+        return ToyState(colour=colour, rng=np.random.default_rng(reference.seed))
+
+    def step(self, state: ToyState, audio: AudioBlock) -> list[FrameBlock]:
+        if state.blocks == self.fail_at:
+            self._fail()
+        if self.step_s:
+            time.sleep(self.step_s)
+        spec = self.spec
+        assert audio.samples.shape == (spec.samples_per_block,)
+        assert audio.ahead.shape == (spec.lookahead_samples,)
+        assert audio.start == state.blocks * spec.samples_per_block
+        count = math.ceil(audio.valid / spec.samples_per_frame)
+        frames = np.empty((count, spec.height, spec.width, 3), np.uint8)
+        for index in range(count):
+            sound = audio.samples[index * spec.samples_per_frame : (index + 1) * spec.samples_per_frame]
+            peak = float(np.abs(sound).max())
+            state.loudness = 0.9 * state.loudness + 0.1 * peak
+            noise = state.rng.integers(0, 8, (spec.height, spec.width, 3))
+            frames[index] = 255 if peak >= CLICK else np.clip(state.colour + 40 * state.loudness + noise, 0, 120)
+        state.waiting.append(FrameBlock(frames, audio.samples[: audio.valid].copy(), audio.start // 640))
+        state.blocks += 1
+        return [state.waiting.pop(0)] if len(state.waiting) > self.delay else []
+
+    def finish(self, state: ToyState) -> list[FrameBlock]:
+        ready, state.waiting = state.waiting, []
+        return ready
+
+    def snapshot(self, state: ToyState) -> ToyState:
+        return copy.deepcopy(state)
+
+    def _fail(self) -> None:
+        if self.how == "user":
+            raise AvatardError("toy: this block is not to my taste; give me another")
+        if self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "hang":
+            time.sleep(600)
+        raise RuntimeError("the toy broke")
+
+
+def load(size: tuple[int, int] | None, steps: int | None, options: dict[str, Any]) -> ToyModel:
+    """What `avatar.load.load_model` is for real models."""
+    unknown = set(options) - set(OPTIONS)
+    if unknown:
+        raise AvatardError(f"model.options.{min(unknown)}: unknown setting of the toy; it has {', '.join(OPTIONS)}")
+    return ToyModel(size or (64, 64), **options)
