@@ -24,9 +24,7 @@ from audio.errors import AvatardError
 from avatar.attention import apply_rope, attention, rope_table, sampled_positions
 from avatar.cache import Conditioning, KVCache
 from avatar.live_avatar.audio_encoder import AudioTokens, CausalAudioEncoder
-
-PREFILL_POSITION = 30
-"""Frame position of the reference while the conditioning is prefilled; see `sampling.reference_position`."""
+from avatar.sampling import PREFILL_POSITION
 
 MOTION_FRAMES = 19
 """Latent frames the frame packer reads, newest last: 16, then 2, then 1, at falling compression."""
