@@ -224,8 +224,8 @@ def fill(
     Raises: WeightsError: a key without place, a place without key, a wrong shape, a damaged file.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
-    for name in tied:
-        wanted.pop(name)
+    for shared in tied:
+        wanted.pop(shared)
     places: dict[str, str] = {}
     for key, shape in checkpoint.shapes.items():
         name = rename(key)
