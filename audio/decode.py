@@ -49,7 +49,7 @@ class SoundReport:
     not_numbers: int = 0  # samples that were NaN or infinite, now silence
     clamped: int = 0  # samples beyond full scale, now at full scale
     peak: float = 0.0
-    missing_s: float = 0.0  # how much shorter than its header says
+    missing_s: float = 0.0  # how much shorter than the file announces
     broke_off: str = ""  # why reading ended before the end of the file
 
     def warnings(self) -> list[str]:
@@ -58,7 +58,9 @@ class SoundReport:
         if self.broke_off:
             lines.append(f"reading broke off after {self.decoded_s:.2f} s ({self.broke_off}); what came before is used")
         elif self.missing_s > 0:
-            lines.append(f"cut off: {self.missing_s:.2f} s shorter than its header says; what is there is used")
+            lines.append(
+                f"{self.missing_s:.2f} s shorter than the file announces, cut off perhaps; what is there is used"
+            )
         if self.skipped_packets:
             lines.append(f"{self.skipped_packets} damaged packets skipped")
         if self.filled_s > 0:
@@ -145,14 +147,11 @@ def open_sound(path: str | os.PathLike[str], max_duration_s: float = MAX_DURATIO
     report = SoundReport()
     with _open(path) as container:
         stream = _audio_stream(container, path)
-        declared_s = _declared_s(container, stream, path.stat().st_size)
+        declared_s = _declared_s(container, stream, path)
         first = next(_frames(container, stream, report), None)
         if first is None:
             if report.skipped_packets or report.broke_off:
-                raise AudioError(
-                    f"{path}: no sound in it could be decoded ({stream.codec_context.name}); "
-                    "the file is damaged or protected, save it anew as WAV or FLAC"
-                )
+                raise AudioError(f"{path}: {_UNDECODABLE}")
             raise AudioError(f"{path}: the audio track is empty (0 samples); record or export it again")
         frame = first[0]
         sound = SoundFile(
@@ -176,6 +175,8 @@ def decode_file(path: str | os.PathLike[str], sample_rate: int) -> Iterator[Audi
 
 
 # What is between the file and the samples
+
+_UNDECODABLE = "no sound in it could be decoded; it is damaged, protected or no sound file: save it anew as WAV or FLAC"
 
 
 def _check_is_file(path: Path) -> None:
@@ -219,7 +220,9 @@ def _open(path: Path) -> Iterator[Any]:
 def _audio_stream(container: Any, path: Path) -> Any:
     stream = container.streams.best("audio")
     if stream is None:
-        kinds = sorted({stream.type for stream in container.streams})
+        kinds = sorted({other.type for other in container.streams})
+        if "audio" in kinds:
+            raise AudioError(f"{path}: {_UNDECODABLE}")
         what = f"only {' and '.join(kinds)}" if kinds else "nothing"
         raise AudioError(f"{path}: there is no sound in it ({what}); choose a file with an audio track")
     for other in container.streams:
@@ -228,8 +231,9 @@ def _audio_stream(container: Any, path: Path) -> Any:
     return stream
 
 
-def _declared_s(container: Any, stream: Any, size: int) -> float | None:
+def _declared_s(container: Any, stream: Any, path: Path) -> float | None:
     """The length the container claims, or None where it claims none or one its size cannot hold."""
+    size = path.stat().st_size
     if stream.duration and stream.time_base:
         declared_s = float(stream.duration * stream.time_base)
     elif container.duration:
@@ -238,7 +242,21 @@ def _declared_s(container: Any, stream: Any, size: int) -> float | None:
         return None
     if declared_s <= 0 or size * 8 / declared_s < LEAST_BITS_PER_S:
         return None
+    if container.format.name == "wav":
+        declared_s *= _riff_size(path) / size
     return declared_s
+
+
+def _riff_size(path: Path) -> int:
+    """How long a WAV file says it is, in bytes; FFmpeg makes a cut-off one believe it was meant to be so short.
+
+    The length of the file where it says nothing true: a recorder that writes to a pipe leaves a very large number.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(8)
+    said = int.from_bytes(header[4:8], "little") + 8
+    return said if header[:4] == b"RIFF" and size < said < 2**31 - 2**16 else size
 
 
 def _frames(container: Any, stream: Any, report: SoundReport) -> Iterator[tuple[Any, float]]:
@@ -588,4 +606,4 @@ def _too_long(sound: SoundFile, length: str) -> str:
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
         return os.strerror(error.errno).lower()
-    return str(error) or type(error).__name__
+    return str(getattr(error, "strerror", None) or error or type(error).__name__).lower()
