@@ -76,7 +76,7 @@ async def test_what_the_user_can_mend_arrives_as_the_same_one_line():
     async with await Engine.launch(toy(fail_at=1, how="user")) as engine:
         session = await engine.open(GREY)
         await session.step(sound(0))
-        with pytest.raises(AvatardError, match="^toy: this block is not to my taste; give me another$"):
+        with pytest.raises(AvatardError, match=r"^toy: this block is not to my taste; give me another$"):
             await session.step(sound(1))
 
 
