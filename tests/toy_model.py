@@ -6,7 +6,6 @@ Loaded by path (`tests/toy_model.py:load`) in the engine's process, so it import
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import signal
@@ -79,9 +78,6 @@ class ToyModel:
     def finish(self, state: ToyState) -> list[FrameBlock]:
         ready, state.waiting = state.waiting, []
         return ready
-
-    def snapshot(self, state: ToyState) -> ToyState:
-        return copy.deepcopy(state)
 
     def _fail(self) -> None:
         if self.how == "user":
