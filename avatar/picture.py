@@ -7,11 +7,11 @@ import os
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps
 
 from audio.errors import AvatardError
 
@@ -45,30 +45,32 @@ def read_picture(
     pixels a side, longer than MOST_ASPECT to one, or more than max_pixels (looked up before anything is decoded).
     """
     path = Path(path)
-    data = _bytes(path)
-    try:
+    with _open(path) as file:
+        head = file.read(512)
+        if not head:
+            raise PictureError(f"{path}: is empty (0 bytes); save the picture again")
+        file.seek(0)
         with warnings.catch_warnings():
-            # Pillow's own warning about size: max_pixels decides. Other warnings are about metadata nobody reads.
+            # Pillow's own warning about size: max_pixels decides. Its others are about metadata nobody reads.
             warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
-    except Image.DecompressionBombError as error:
-        raise PictureError(f"{path}: too many pixels, over {max_pixels / 1e6:g} million; scale it down") from error
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
-        raise PictureError(f"{path}: {_what_it_is(data)}; save it as JPEG or PNG") from error
-    with image:
-        _check_size(image, path, max_pixels)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return _upright_rgb(image, background)
-        except Exception as error:  # as above
-            raise PictureError(
-                f"{path}: the picture ({image.format}) is damaged or cut off ({error}); copy or export it again"
-            ) from error
+            try:
+                image: Image.Image = Image.open(file, formats=_formats())
+            except Image.DecompressionBombError as error:
+                raise PictureError(f"{path}: over {max_pixels / 1e6:g} million pixels; scale it down") from error
+            except Exception as error:  # decoders raise whatever a damaged file leads them to
+                raise PictureError(f"{path}: {_what_it_is(head)}; save it as JPEG or PNG") from error
+            with image:
+                _check_size(image, path, max_pixels)
+                try:
+                    return _upright_rgb(image, background)
+                except Exception as error:  # as above
+                    raise PictureError(
+                        f"{path}: the picture ({image.format}) is damaged or cut off ({error}); copy or export it again"
+                    ) from error
 
 
 def cover(image: Pixels, width: int, height: int, top: float = 0.35) -> Pixels:
-    """Scale and crop a picture so that it fills width x height: never padded, never stretched; uint8 [height, width, 3].
+    """Scale and crop a picture to fill width x height, never padded, never stretched: uint8 [height, width, 3].
 
     What is too wide loses the same on both sides. What is too high loses the share `top` of the surplus above and the
     rest below (0.5 would be the centre): in a portrait the face is above the centre. Lanczos, also when it shrinks.
@@ -77,7 +79,7 @@ def cover(image: Pixels, width: int, height: int, top: float = 0.35) -> Pixels:
     scale = max(width / have_width, height / have_height)
     crop_width, crop_height = min(width / scale, have_width), min(height / scale, have_height)
     left, upper = (have_width - crop_width) / 2, (have_height - crop_height) * top
-    box = (left, upper, left + crop_width, upper + crop_height)
+    box = (left, upper, min(left + crop_width, have_width), min(upper + crop_height, have_height))
     if (crop_width, crop_height) == (width, height):
         box = tuple(float(round(edge)) for edge in box)  # type: ignore[assignment]  # pixels stay what they are
     # reducing_gap: a large picture is averaged by whole numbers first, to three times the size: as good, much faster
@@ -85,7 +87,7 @@ def cover(image: Pixels, width: int, height: int, top: float = 0.35) -> Pixels:
     return np.array(resized, np.uint8)
 
 
-def _bytes(path: Path) -> bytes:
+def _open(path: Path) -> BinaryIO:
     try:
         if path.is_dir():
             raise PictureError(f"{path}: is a folder; name one picture in it")
@@ -93,13 +95,10 @@ def _bytes(path: Path) -> bytes:
             raise PictureError(f"{path}: no such file; check the path of the picture")
         if not path.is_file():
             raise PictureError(f"{path}: is a pipe or a device; save the picture to a file first")
-        data = path.read_bytes()
+        return path.open("rb")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise PictureError(f"{path}: cannot be read ({reason.lower()}); check the path and its permissions") from error
-    if not data:
-        raise PictureError(f"{path}: is empty (0 bytes); save the picture again")
-    return data
 
 
 @cache
@@ -108,14 +107,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.OPEN if name not in REFUSED_FORMATS)
 
 
-def _what_it_is(data: bytes) -> str:
+def _what_it_is(head: bytes) -> str:
     """What a file that Pillow cannot open is, as far as its first bytes tell."""
-    head = data[:512].lstrip()
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"heim", b"hevc"):
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"heim", b"hevc"):
         return "is a HEIC picture, which cannot be read here"
-    if data[4:8] == b"ftyp" or data[:4] in (b"\x1aE\xdf\xa3", b"RIFF"):
+    if head[4:8] == b"ftyp" or head[:4] in (b"\x1aE\xdf\xa3", b"RIFF"):
         return "is a video or sound, not a picture"
-    if head.startswith((b"<svg", b"<?xml")):
+    if head.lstrip().startswith((b"<svg", b"<?xml")):
         return "is a vector drawing (SVG), not a picture of pixels"
     if head.startswith((b"%PDF", b"%!PS")):
         return "is a document, not a picture"
@@ -126,12 +124,13 @@ def _check_size(image: Image.Image, path: Path, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise PictureError(
-            f"{path}: {width}x{height} is {width * height / 1e6:.0f} million pixels, over {max_pixels / 1e6:g} million; "
-            "scale it down"
+            f"{path}: {width}x{height} is {width * height / 1e6:.0f} million pixels, "
+            f"over {max_pixels / 1e6:g} million; scale it down"
         )
     if min(width, height) < LEAST_SIDE:
         raise PictureError(
-            f"{path}: {width}x{height} is too small, under {LEAST_SIDE} pixels a side; use a larger picture of the person"
+            f"{path}: {width}x{height} is too small, under {LEAST_SIDE} pixels a side; "
+            "use a larger picture of the person"
         )
     if max(width, height) > MOST_ASPECT * min(width, height):
         raise PictureError(
@@ -144,14 +143,13 @@ def _upright_rgb(image: Image.Image, background: tuple[int, int, int]) -> Pixels
     if image.format in ("JPEG", "MPO"):
         image.draft(None, (WORK_SIDE, WORK_SIDE))  # JPEG can decode to a half or a quarter, in that share of the time
     image.load()
-    reduction = max(image.size) // WORK_SIDE
+    image = _transposed(image)
     if image.mode in ("1", "P", "PA"):
         image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
     elif image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bit(image)
-    if reduction > 1:
+    if (reduction := max(image.size) // WORK_SIDE) > 1:
         image = image.reduce(reduction)
-    image = _transposed(image)
 
     alpha = None
     if image.mode in ("LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
