@@ -21,6 +21,7 @@ import av
 import av.error
 import numpy as np
 import soxr
+from av.stream import Discard
 from numpy.typing import NDArray
 
 from audio.chunk import AudioChunk
@@ -227,7 +228,7 @@ def _audio_stream(container: Any, path: Path) -> Any:
         raise AudioError(f"{path}: there is no sound in it ({what}); choose a file with an audio track")
     for other in container.streams:
         if other is not stream:
-            other.discard = "all"  # a film's pictures need not be read to hear it
+            other.discard = Discard.all  # a film's pictures need not be read to hear it
     return stream
 
 
@@ -290,7 +291,9 @@ def _frames(container: Any, stream: Any, report: SoundReport) -> Iterator[tuple[
                     hole = float(begins - expected)
                     if (0.001 if damaged else GAP_S) < hole <= LONGEST_GAP_S:
                         lost_s = hole
-                expected = begins + Fraction(frame.samples, frame.sample_rate)
+                expected = begins
+            if expected is not None:
+                expected += Fraction(frame.samples, frame.sample_rate)
             damaged = False
             yield frame, lost_s
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,26 +70,28 @@ async def test_a_file_that_is_too_long_gives_its_sound_before_the_error(sound):
     assert got > 2.5 * 16_000
 
 
-async def test_a_reader_that_leaves_closes_the_file(sound):
-    def open_files() -> list[str]:
-        links = []
-        for descriptor in os.listdir("/proc/self/fd"):
-            try:
-                links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-            except OSError:
-                continue
-        return links
+def open_files() -> list[str]:
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            links.append(os.readlink(descriptor))
+        except OSError:  # closed in the meantime
+            continue
+    return links
 
-    if not os.path.isdir("/proc/self/fd"):
-        pytest.skip("needs /proc")
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+async def test_a_reader_that_leaves_closes_the_file(sound):
+    reading = asyncio.Event()
 
     async def read_one() -> None:
         async for _ in FileSource(sound, 16_000):
+            reading.set()
             await asyncio.Event().wait()
 
     task = asyncio.create_task(read_one())
-    while str(sound.path) not in open_files():
-        await asyncio.sleep(0)
+    await reading.wait()
+    assert str(sound.path) in open_files()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
