@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from avatar.attention import apply_rope
@@ -101,13 +100,3 @@ class KVCache:
         self.values[layer][:, first : first + tokens] = v
         end = self.keys[layer].shape[1] if start >= ring else first + tokens
         return self.keys[layer][:, :end], self.values[layer][:, :end]
-
-
-def cache_bytes(
-    *, layers: int, tokens: int, heads: int, head_dim: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16
-) -> int:
-    """Bytes of the keys and values of that many tokens.
-
-    tokens: conditioning and ring for a KVCache; C for a Conditioning; the prompt's length for its keys and values.
-    """
-    return 2 * layers * batch * tokens * heads * head_dim * dtype.itemsize
