@@ -64,8 +64,9 @@ def read_picture(
                 try:
                     return _upright_rgb(image, background)
                 except Exception as error:  # as above
+                    reason = " ".join(str(error).split())
                     raise PictureError(
-                        f"{path}: the picture ({image.format}) is damaged or cut off ({error}); copy or export it again"
+                        f"{path}: the picture ({image.format}) is damaged or cut off ({reason}); copy or export it again"
                     ) from error
 
 
