@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mp4 import boxes, read_mp4
 
 from avatar.model import FrameBlock
 from streaming.encoder import SOUND_RATE, Encoder, EncoderSettings
+from streaming.muxer import Muxer
 from streaming.sinks import FileSink, NullSink, SinkError, open_sink
 
 
@@ -191,7 +193,14 @@ async def test_nothing_is_left_where_nothing_was_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-async def test_a_write_that_was_cancelled_ends_before_the_close(tmp_path):
+async def test_a_write_that_was_cancelled_ends_before_the_close(tmp_path, monkeypatch):
+    begun, mux = threading.Event(), Muxer.mux
+
+    def slow_mux(self, packets):
+        begun.set()
+        mux(self, packets)
+
+    monkeypatch.setattr(Muxer, "mux", slow_mux)
     sink = FileSink(tmp_path / "a.mp4")
     encoder = Encoder(64, 64, 25, 1, EncoderSettings())
     await sink.open()
@@ -201,7 +210,7 @@ async def test_a_write_that_was_cancelled_ends_before_the_close(tmp_path):
         FrameBlock(frames, np.zeros(0, np.float32), 0), np.zeros((100 * SOUND_RATE // 25, 1), np.float32)
     )
     writing = asyncio.ensure_future(sink.write(packets))
-    await asyncio.sleep(0)
+    assert await asyncio.to_thread(begun.wait, 5)
     writing.cancel()
     await sink.close(complete=False)
     assert read_mp4(tmp_path / "a.part.mp4").frames == sum(packet.stream.type == "video" for packet in packets)

@@ -1,0 +1,227 @@
+"""The command `avatard`: words to settings, results to lines, errors to one line and an exit status.
+
+What a command needs is imported in it, so that those that need no model answer at once.
+"""
+
+from __future__ import annotations
+
+import time
+
+BEGAN = time.monotonic()
+"""When the command was given, as near as its own code can know."""
+
+import importlib  # noqa: E402
+import json  # noqa: E402
+import re  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Annotated, Any  # noqa: E402
+
+import typer  # noqa: E402
+
+from audio.errors import AvatardError  # noqa: E402
+from service import VERSION  # noqa: E402
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="avatard",
+    help="Make the person in one picture speak, for as long as there is sound.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure how good and how fast it is on this machine.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, such as encoder.crf=20. Repeatable.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"avatard {VERSION}")
+        raise typer.Exit
+
+
+@app.command("run")
+def run_command(
+    image: Annotated[Path, typer.Option("--image", "-i", help="A picture of the person: any kind Pillow opens.")],
+    audio: Annotated[Path, typer.Option("--audio", "-a", help="What they say: any audio or video file.")],
+    to: Annotated[str, typer.Option("--to", "-o", help="The video: NAME.mp4, or null:// to measure.")],
+    model: Annotated[
+        str | None, typer.Option(help="pocket (default), live-avatar-14b, a folder of weights, or FILE.py:FUNCTION.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the person does, in words.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same video. Default 0.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, as 704x384. Default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the video if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON with the results.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Make one video of a picture that speaks a sound."""
+    from service import log
+    from service.config import load_settings
+    from service.run import RunRequest, Stopped, Watcher, run
+
+    log.set_up()
+    width, height = parse_size(size)
+    settings = load_settings(
+        config,
+        assignments or (),
+        model__name=model,
+        model__prompt=prompt,
+        model__seed=seed,
+        model__width=width,
+        model__height=height,
+        model__steps=steps,
+    )
+    request = RunRequest(image=image, audio=audio, target=to, overwrite=overwrite)
+    interactive = sys.stderr.isatty() and not quiet and not as_json
+    try:
+        if interactive:
+            from service.progress import Bar
+
+            with Bar(Path(to).name) as bar:
+                result = run(request, settings, bar, BEGAN)
+        else:
+            result = run(request, settings, Watcher(), BEGAN)
+    except Stopped:
+        _complain("stopped before the first frame; nothing was written")
+        raise typer.Exit(INTERRUPTED) from None
+    for warning in [] if quiet else result.warnings:
+        _complain(f"warning: {warning}")
+    if as_json:
+        print(json.dumps(vars(result)))
+    elif interactive:
+        print(
+            f"{result.output or to}: {result.seconds:.2f} s of video in {result.wall_s:.1f} s, "
+            f"{result.times_real_time:.2f} x real time",
+            file=sys.stderr,
+        )
+    if not result.complete:
+        where = f"{result.output} plays up to there" if result.output else "nothing was kept"
+        _complain(f"stopped after {result.seconds:.2f} s of video; {where}")
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="live-avatar-14b")],
+    to: Annotated[Path | None, typer.Option(help="The folder; default: the settings' paths.models.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A revision of the weights other than the tested one.")] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Download the weights of a model, or go on where a download broke off."""
+    from service.config import load_settings
+    from service.fetch import fetch_model
+
+    fetch_model(model, load_settings(config, assignments or ()), to, revision)
+
+
+@app.command()
+def plan(
+    model: Annotated[str | None, typer.Argument(help="A model; without one: all of them.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List what a model consists of and how many bytes each part takes. Loads nothing."""
+    from service.models import known_models, plan_lines, select_model
+
+    table = known_models() if model is None else {model: select_model(model)}
+    if as_json:
+        print(json.dumps(table))
+    else:
+        print("\n".join(plan_lines(table)))
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption = None, assignments: SetOption = None) -> None:
+    """Print every setting with its value and what it means, as a settings file."""
+    from service.config import load_settings, reference_yaml
+
+    print(reference_yaml(load_settings(config, assignments or ())), end="")
+
+
+@config_app.command("check")
+def config_check(file: Annotated[Path, typer.Argument(help="A YAML file of settings.")]) -> None:
+    """Say whether a settings file is right, and if not, where and why."""
+    from service.config import load_settings
+
+    load_settings(file)
+    print(f"{file}: all settings are known and valid")
+
+
+@bench_app.command("quality", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_quality(context: typer.Context) -> None:
+    """Lip sync, identity, drift and seams of the embedded model against the world it was drawn from."""
+    _call("avatar.pocket.evaluate", context.args)
+
+
+@bench_app.command("speed", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_speed(context: typer.Context) -> None:
+    """Seconds of each stage, from the command to the finished file."""
+    _call("service.bench", ["speed", *context.args])
+
+
+@bench_app.command("memory", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_memory(context: typer.Context) -> None:
+    """Resident memory over a long input, as a curve."""
+    _call("service.bench", ["memory", *context.args])
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """Width and height of WxH (or W*H, as the Wan tools write it)."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*", text)
+    if match is None:
+        raise AvatardError(f"--size {text}: not width x height in pixels, such as 704x384")
+    return int(match[1]), int(match[2])
+
+
+def _call(module: str, arguments: Sequence[str]) -> None:
+    """Run `main(arguments)` of a module that is imported only now."""
+    function: Any = importlib.import_module(module).main
+    function(list(arguments))
+
+
+def _complain(line: str) -> None:
+    print("avatard: " + " ".join(line.split()), file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; ends the process with 0, 2 for what the user can mend (one line), 130 for Ctrl-C."""
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(args=arguments, prog_name="avatard", standalone_mode=False)
+    except AvatardError as error:
+        _complain(str(error))
+        status = USER_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("stopped; nothing was written")
+        status = INTERRUPTED
+    except Exception as error:
+        # What the parser of the command line complains of: an unknown option, a missing one.
+        if not hasattr(error, "format_message"):
+            raise
+        _complain(f"{error.format_message()} See avatard --help.")
+        status = USER_ERROR
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Settings: one strict schema, its defaults, and where a value that is wrong was written.
+
+A value is looked for on the command line, then in the file given by --config, then here. configs/reference.yaml lists
+every setting; `reference_yaml` writes it, and a test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from audio.errors import AvatardError
+
+
+class ConfigError(AvatardError):
+    """A setting that is not there or cannot have that value: where it was written, and what would do."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """Which model speaks, and how."""
+
+    name: str = Field("pocket", description="pocket, live-avatar-14b, a folder of weights, or FILE.py:FUNCTION")
+    width: int | None = Field(None, ge=64, le=4096, description="pixels; null: the model's own")
+    height: int | None = Field(None, ge=64, le=4096, description="pixels; null: the model's own")
+    steps: int | None = Field(None, ge=1, le=8, description="denoising steps; null: the model's own")
+    prompt: str = Field("", description="what the person does; pocket does not read it")
+    seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same video")
+    options: dict[str, Any] = Field(default_factory=dict, description="the family's own options, see docs/models.md")
+    load_timeout_s: float = Field(1800.0, gt=0, description="seconds until a model that is not loaded is given up")
+    step_timeout_s: float = Field(300.0, gt=0, description="seconds until a block that is not made is given up")
+
+
+class EncoderSection(_Section):
+    """How picture and sound are compressed."""
+
+    preset: typing.Literal[
+        "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
+    ] = Field("veryfast", description="of x264; slower makes smaller files")
+    crf: float = Field(18.0, ge=0, le=51, description="constant rate factor of x264; lower is better and larger")
+    keyframe_interval_s: float = Field(2.0, gt=0, le=60, description="seconds from keyframe to keyframe")
+    audio_kbps: int = Field(80, ge=16, le=256, description="AAC bit rate in kbit/s for each channel")
+    threads: int = Field(1, ge=1, le=64, description="threads of x264; one leaves the other cores to the model")
+
+
+class LimitsSection(_Section):
+    """What is refused as too large."""
+
+    audio_hours: float = Field(24.0, gt=0, description="hours of sound in one file")
+    picture_megapixels: float = Field(80.0, gt=0, description="millions of pixels in one picture")
+
+
+class PathsSection(_Section):
+    """Where things lie."""
+
+    models: Path = Field(Path("~/.cache/avatard/models"), description="folder of downloaded models (avatard fetch)")
+
+
+class Settings(_Section):
+    """Every setting there is."""
+
+    model: ModelSection = ModelSection.model_construct()
+    encoder: EncoderSection = EncoderSection.model_construct()
+    limits: LimitsSection = LimitsSection.model_construct()
+    paths: PathsSection = PathsSection.model_construct()
+
+
+def load_settings(file: Path | None = None, assignments: Iterable[str] = (), **overrides: Any) -> Settings:
+    """The settings of a file and of `section.key=value` texts, the later the stronger.
+
+    overrides: dotted keys with "__" for the dot, from options of the command line; None means not given.
+    Raises: ConfigError: names file and line, or the text, and suggests what may have been meant.
+    """
+    tree: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    if file is not None:
+        tree, places = _read(file)
+        _validate(tree, places)
+    for key, value, place in [*_assignments(assignments), *_given(overrides)]:
+        _assign(tree, key, value)
+        places[key] = place
+    settings = _validate(tree, places)
+    if (settings.model.width is None) != (settings.model.height is None):
+        raise ConfigError("model.width and model.height: give both or neither")
+    return settings
+
+
+def reference_yaml(settings: Settings | None = None, comments: bool = True) -> str:
+    """Every setting with its value, as YAML; with what it means as a comment."""
+    settings = settings or Settings()
+    lines: list[str] = []
+    for name, section in settings:
+        if comments:
+            lines += ["", f"# {type(section).__doc__}"]
+        lines.append(f"{name}:")
+        for key, value in section:
+            field = type(section).model_fields[key]
+            # A settings file is read by people: one line for each setting, whatever its type.
+            written = yaml.safe_dump(_plain(value), default_flow_style=True).replace("\n...", "").strip()
+            lines.append(f"  {key}: {written}" + (f"  # {field.description}{_range(field)}" if comments else ""))
+    return "\n".join(lines).strip() + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _range(field: Any) -> str:
+    """The limits of a number, in words."""
+    words = {"Ge": "at least", "Gt": "more than", "Le": "at most", "Lt": "less than"}
+    found = []
+    for limit in field.metadata:
+        name = type(limit).__name__
+        if name in words:
+            found.append(f"{words[name]} {getattr(limit, name.lower())}")
+    choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+    return "".join(f"; {part}" for part in [", ".join(found), ", ".join(choices)] if part)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree in a YAML file, and file:line of every key in it."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({(error.strerror or str(error)).lower()})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: is not text in UTF-8; settings are YAML, see avatard config show") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{file}{line}: is not YAML ({getattr(error, 'problem', None) or error})") from error
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: holds a {type(tree).__name__}, not sections with settings; see avatard config show")
+    assert node is not None
+    return tree, dict(_lines(node, file))
+
+
+def _lines(node: yaml.Node, file: Path, above: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = f"{above}{key.value}"
+            place = f"{file}:{key.start_mark.line + 1}"
+            if name in seen:
+                raise ConfigError(f"{place}: {name}: stands here for the second time; remove one")
+            seen.add(name)
+            yield name, place
+            yield from _lines(value, file, f"{name}.")
+
+
+def _assignments(texts: Iterable[str]) -> Iterator[tuple[str, Any, str]]:
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {text}: not of the form section.key=value, such as encoder.crf=20")
+        try:
+            parsed = yaml.safe_load(value) if value.strip() else ""
+        except yaml.YAMLError:
+            parsed = value
+        yield key.strip(), parsed, f"--set {text}"
+
+
+def _given(overrides: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    for name, value in overrides.items():
+        if value is not None:
+            yield name.replace("__", "."), value, f"--{name.rpartition('__')[2]} {value}"
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        below = tree.setdefault(section, {})
+        if not isinstance(below, dict):
+            # Let the schema say what is wrong with it.
+            below = tree[section] = {}
+        tree = below
+    tree[last] = value
+
+
+def _validate(tree: dict[str, Any], places: Mapping[str, str]) -> Settings:
+    try:
+        # A section that is named and left empty means its defaults.
+        return Settings.model_validate({name: {} if value is None else value for name, value in tree.items()})
+    except ValidationError as error:
+        raise ConfigError(_explain(error.errors()[0], places)) from None
+
+
+def _explain(error: Any, places: Mapping[str, str]) -> str:
+    location = [str(part) for part in error["loc"]]
+    key, place = _written(location, places)
+    at = f"{place}: " if place else ""
+    if error["type"] == "extra_forbidden":
+        hint = _suggestion(key)
+        # Said in full where the text that holds it does not already say it.
+        what = "unknown setting" if place.startswith("--set") else f"{key}: unknown setting"
+        return f"{at}{what}" + (f"; did you mean {hint}?" if hint else "; avatard config show lists all")
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"].startswith("model_"):
+        message = "is a section and holds settings"
+    return f"{at}{key}: {message}, not {error['input']!r}"
+
+
+def _written(location: list[str], places: Mapping[str, str]) -> tuple[str, str]:
+    """The key as the user wrote it, and where: the error's own, one below an unknown section, or the nearest above."""
+    key = ".".join(location)
+    if key in places:
+        return key, places[key]
+    for given, place in places.items():
+        if given.startswith(f"{key}."):
+            return given, place
+    for length in range(len(location) - 1, 0, -1):
+        above = ".".join(location[:length])
+        if above in places:
+            return key, places[above]
+    return key, ""
+
+
+def _suggestion(key: str) -> str:
+    """The known setting, or section, that is most like an unknown one; empty when none is."""
+    known = {section: list(type(settings).model_fields) for section, settings in Settings()}
+    section, separator, name = key.rpartition(".")
+    if section in known:
+        # The section is right: better no answer than a setting that has nothing to do with it.
+        close = difflib.get_close_matches(name, known[section], 1, 0.6)
+        return f"{section}.{close[0]}" if close else ""
+    everywhere = {name: f"{section}.{name}" for section, names in known.items() for name in names}
+    close = difflib.get_close_matches(name, everywhere, 1, 0.7)
+    if close and (separator or name not in known):
+        return everywhere[close[0]]
+    return next(iter(difflib.get_close_matches(key, known, 1, 0.6)), "")
+
+
+def models_folder(settings: Settings) -> Path:
+    """Where downloaded models lie, with ~ resolved."""
+    return Path(os.path.expanduser(settings.paths.models))

@@ -1,0 +1,60 @@
+"""How a run goes, drawn on a terminal: frames, frames per second, times real time, and the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from service.run import Watcher
+
+if TYPE_CHECKING:
+    from audio.decode import SoundFile
+    from streaming.session import Progress as Frames
+
+WINDOW = 12
+"""Blocks over which the speed is averaged: about six seconds of video."""
+
+
+class Bar(Watcher):
+    """A progress bar on stderr, for a terminal. Use as a context manager around the run."""
+
+    def __init__(self, title: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._fps = 25
+        self._seen: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            # The last state is replaced by the line that says where the video is.
+            transient=True,
+        )
+        self._task = self._progress.add_task(f"{title}: loading the model", total=None, speed="")
+        self._title = title
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def began(self, sound: SoundFile, total_frames: int | None, fps: int) -> None:
+        self._fps = fps
+        self._progress.update(self._task, description=self._title, total=total_frames)
+
+    def advanced(self, progress: Frames) -> None:
+        self._seen.append((self._clock(), progress.frames))
+        (since, first), (now, last) = self._seen[0], self._seen[-1]
+        rate = (last - first) / (now - since) if now > since else 0.0
+        speed = f"{rate:.1f} fps, {rate / self._fps:.2f} x real time" if rate else ""
+        self._progress.update(self._task, completed=progress.frames, speed=speed)

@@ -1,0 +1,256 @@
+"""`avatard run`: one picture and one sound to one finished file.
+
+The model's process is started first and loads while the files are opened here, so that the first frame comes soon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from audio.errors import AvatardError
+from service import VERSION
+from service.config import Settings
+from service.models import resolve_model
+from streaming.engine import Engine, EngineSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from audio.decode import SoundFile
+    from streaming.session import Progress, SessionResult
+    from streaming.sinks import Sink
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What to make: the picture of a person, what they say, and where the video goes."""
+
+    image: Path
+    audio: Path
+    target: str
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What was made, in frames and in seconds of wall time since the command began.
+
+    seconds: of video; fps: frames per second of wall time from the first block on; times_real_time: seconds of video
+    for each second from the command to the finished file; first_frame_s: from the command to the first encoded block;
+    load_s, model_s, encode_s: spent loading, generating, and reading sound and encoding, in parallel.
+    """
+
+    output: str | None
+    complete: bool
+    frames: int
+    seconds: float
+    width: int
+    height: int
+    fps: float
+    times_real_time: float
+    wall_s: float
+    first_frame_s: float | None
+    load_s: float
+    model_s: float
+    encode_s: float
+    model: str
+    seed: int
+    warnings: list[str]
+
+
+class Stopped(Exception):
+    """Ctrl-C (or a request to end) came before there was a frame."""
+
+
+class Watcher:
+    """Who is told how a run goes: nobody. A progress bar overrides these."""
+
+    def began(self, sound: SoundFile, total_frames: int | None, fps: int) -> None:
+        """The model is ready; total_frames is None when the file does not say how long it is."""
+
+    def advanced(self, progress: Progress) -> None:
+        """More frames are encoded."""
+
+
+def run(
+    request: RunRequest, settings: Settings, watcher: Watcher, began: float, clock: Callable[[], float] = time.monotonic
+) -> RunResult:
+    """Make one video; `began` is when the command was given, on `clock`.
+
+    The first SIGINT or SIGTERM ends the run with all that was made so far in a playable part; the second at once.
+    Raises: AvatardError; Stopped.
+    """
+    return asyncio.run(_Run(request, settings, watcher, began, clock).run())
+
+
+class _Run:
+    def __init__(
+        self, request: RunRequest, settings: Settings, watcher: Watcher, began: float, clock: Callable[[], float]
+    ) -> None:
+        self._request, self._settings, self._watcher = request, settings, watcher
+        self._began, self._clock = began, clock
+        self._stop = asyncio.Event()
+
+    async def run(self) -> RunResult:
+        model = self._settings.model
+        engine_settings = EngineSettings(
+            model=resolve_model(model.name, self._settings),
+            size=(model.width, model.height) if model.width and model.height else None,
+            steps=model.steps,
+            options=model.options,
+            load_timeout_s=model.load_timeout_s,
+            step_timeout_s=model.step_timeout_s,
+        )
+        with self._signals():
+            async with await Engine.launch(engine_settings) as engine:
+                return await self._speak(engine)
+
+    async def _speak(self, engine: Engine) -> RunResult:
+        # After the launch: these imports and the files take as long as the child takes to import its own.
+        from audio.source import FileSource
+        from avatar.model import Reference
+        from avatar.picture import cover
+        from streaming.encoder import EncoderSettings
+        from streaming.session import run_session
+        from streaming.sinks import open_sink
+
+        settings, request = self._settings, self._request
+        sink = open_sink(request.target, request.overwrite)
+        try:
+            image, sound = await self._or_stop(self._open(sink))
+            spec = await self._or_stop(engine.ready())
+            picture = await asyncio.to_thread(cover, image, spec.width, spec.height)
+            session = await self._or_stop(engine.open(Reference(picture, settings.model.prompt, settings.model.seed)))
+            total = None if sound.declared_s is None else max(1, round(sound.declared_s * spec.fps))
+            self._watcher.began(sound, total, spec.fps)
+            result = await run_session(
+                FileSource(sound, spec.sample_rate),
+                sound.original(),
+                session,
+                [sink],
+                encoder_settings=EncoderSettings(**settings.encoder.model_dump()),
+                metadata=self._metadata(sink),
+                on_progress=self._watcher.advanced,
+                stop=self._stop,
+                clock=self._clock,
+            )
+        except Exception as error:
+            await sink.close(complete=False)
+            if sink.output is None or str(sink.output) in str(error):
+                raise
+            kept = f"the video up to there is in {sink.output}"
+            if isinstance(error, AvatardError):
+                raise AvatardError(f"{error}; {kept}") from error
+            error.add_note(kept)
+            raise
+        finally:
+            await sink.close(complete=False)
+        if result.stopped and not result.frames:
+            raise Stopped
+        warnings = [f"{request.audio}: {warning}" for warning in sound.report.warnings()]
+        seconds = result.frames / spec.fps
+        wall_s = self._clock() - self._began
+        return RunResult(
+            output=None if sink.output is None else str(sink.output),
+            complete=not result.stopped,
+            frames=result.frames,
+            seconds=round(seconds, 3),
+            width=spec.width,
+            height=spec.height,
+            fps=round(self._steady_fps(result, spec.frames_per_block), 2),
+            times_real_time=round(seconds / wall_s, 3),
+            wall_s=round(wall_s, 3),
+            first_frame_s=None if result.first_frame_at is None else round(result.first_frame_at - self._began, 3),
+            load_s=round(engine.load_s, 3),
+            model_s=round(session.busy_s, 3),
+            encode_s=round(result.encode_s, 3),
+            model=settings.model.name,
+            seed=settings.model.seed,
+            warnings=warnings,
+        )
+
+    def _steady_fps(self, result: SessionResult, first_block: int) -> float:
+        """Frames per second after the first block; of all there is when there is no more than that."""
+        assert result.first_frame_at is not None
+        rest = result.frames - first_block
+        since = result.first_frame_at if rest > 0 else self._began
+        return (rest if rest > 0 else result.frames) / max(self._clock() - since, 1e-6)
+
+    async def _open(self, sink: Sink) -> tuple[NDArray[np.uint8], SoundFile]:
+        """The picture and the sound, with the target tried, all at once; of failures the first in this order."""
+        image, sound, target = await asyncio.gather(
+            asyncio.to_thread(self._read_picture),
+            asyncio.to_thread(self._open_sound),
+            sink.open(),
+            # A thread cannot be left behind, so all of them end before the first failure is told.
+            return_exceptions=True,
+        )
+        for failure in (image, sound, target):
+            if isinstance(failure, BaseException):
+                raise failure
+        assert not isinstance(image, BaseException)
+        assert not isinstance(sound, BaseException)
+        return image, sound
+
+    def _read_picture(self) -> NDArray[np.uint8]:
+        from avatar.picture import read_picture
+
+        return read_picture(self._request.image, max_pixels=round(self._settings.limits.picture_megapixels * 1e6))
+
+    def _open_sound(self) -> SoundFile:
+        from audio.decode import open_sound
+
+        return open_sound(self._request.audio, self._settings.limits.audio_hours * 3600)
+
+    def _metadata(self, sink: Sink) -> dict[str, str]:
+        """What the file says of itself. That it is made by a machine stands where players and platforms show it."""
+        software = f"avatard {VERSION}"
+        model = Path(self._settings.model.name).name  # of a folder of one's own no more than the last name
+        return {
+            "title": Path(sink.name).stem,
+            "encoding_tool": software,
+            "comment": f"AI-generated: a model ({model}) moved the person in one picture to a "
+            f"sound recording; made with {software}",
+        }
+
+    async def _or_stop(self, work: Awaitable[R]) -> R:
+        """The result of `work`, unless the user wants to end first. Raises: Stopped."""
+        working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise Stopped
+        finally:
+            for task in (working, stopping):
+                task.cancel()
+            await asyncio.gather(working, stopping, return_exceptions=True)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+
+        def on_signal(number: int) -> None:
+            if self._stop.is_set():
+                # The second one insists. The part is playable as it lies there.
+                os._exit(128 + number)
+            self._stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
