@@ -55,7 +55,8 @@ class KVCache:
 
         def buffer(like: Tensor) -> Tensor:
             batch, tokens, heads, dim = like.shape
-            return like.new_zeros(batch, tokens + ring_tokens, heads, dim)
+            # A head's tokens lie together in memory: matrix products then read it without a copy, whatever the batch.
+            return like.new_zeros(batch, heads, tokens + ring_tokens, dim).transpose(1, 2)
 
         keys = [buffer(k) for k in conditioning.keys]
         values = [buffer(v) for v in conditioning.values]
