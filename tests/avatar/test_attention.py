@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from avatar.attention import apply_rope, attention, rope_angles, rope_table, sampled_positions
+from avatar.attention import apply_rope, attention, rope_angles, rope_table, rotate_pairs, sampled_positions
 
 
 @pytest.mark.parametrize(("file", "head_dim"), [("rope", 32), ("rope_hd128", 128)])
@@ -73,6 +73,13 @@ def test_rotation_turns_adjacent_pairs() -> None:
     rotated = apply_rope(x, rope_table([1], [0], [0], 32))
     torch.testing.assert_close(rotated[0, 0, 0, :2], torch.tensor([math.cos(1), math.sin(1)]), rtol=1e-3, atol=1e-3)
     assert not rotated[..., 2:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_and_complex_arithmetic_rotate_alike(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 12, 3, 32).to(dtype)
+    table = rope_table([5, 6, 7], range(2), range(2), 32)
+    torch.testing.assert_close(rotate_pairs(x, table), apply_rope(x, table))
 
 
 def test_scores_depend_on_distance_only() -> None:
