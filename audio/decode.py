@@ -32,7 +32,8 @@ Samples = NDArray[np.float32]
 MAX_DURATION_S = 24 * 3600.0
 PIECE_S = 0.25  # sound given to the resampler at once: large enough that Python's share of the work is small
 GAP_S = 0.05  # a smaller hole between two timestamps is jitter of a recorder's clock
-LONGEST_GAP_S = 60.0  # a larger hole is a broken timestamp rather than lost sound
+LONGEST_GAP_S = 10.0  # a larger hole is a broken timestamp rather than lost sound
+MAX_CHANNELS = 64
 LEAST_BITS_PER_S = 200  # of any codec, silence included: what claims less than this lies about its length
 
 
@@ -154,17 +155,14 @@ def open_sound(path: str | os.PathLike[str], max_duration_s: float = MAX_DURATIO
             if report.skipped_packets or report.broke_off:
                 raise AudioError(f"{path}: {_UNDECODABLE}")
             raise AudioError(f"{path}: the audio track is empty (0 samples); record or export it again")
-        frame = first[0]
         sound = SoundFile(
             path=path,
-            sample_rate=frame.sample_rate,
-            channels=frame.layout.nb_channels,
+            sample_rate=first.sample_rate,
+            channels=len(first.channels),
             codec=stream.codec_context.name,
             declared_s=declared_s,
             max_duration_s=max_duration_s,
         )
-    if not 1000 <= sound.sample_rate <= 1_536_000:
-        raise AudioError(f"{path}: a sample rate of {sound.sample_rate} Hz; its header is damaged, save it anew")
     if declared_s is not None and declared_s > max_duration_s:
         raise AudioError(_too_long(sound, f"{_hours(declared_s)} long"))
     return sound
@@ -260,8 +258,22 @@ def _riff_size(path: Path) -> int:
     return said if header[:4] == b"RIFF" and size < said < 2**31 - 2**16 else size
 
 
-def _frames(container: Any, stream: Any, report: SoundReport) -> Iterator[tuple[Any, float]]:
-    """Decoded frames, each with the seconds of sound that were lost before it. What cannot be decoded is skipped."""
+@dataclass(frozen=True)
+class _Piece:
+    """Some sound as it was decoded: samples float32 [n, channels]; names of the channels as FFmpeg gives them.
+
+    lost_s: how much sound was lost before it.
+    """
+
+    samples: Samples
+    sample_rate: int
+    channels: tuple[str, ...]
+    lost_s: float = 0.0
+
+
+def _frames(container: Any, stream: Any, report: SoundReport) -> Iterator[_Piece]:
+    """The sound frame by frame, as the codec cut it. What cannot be decoded is skipped."""
+    packers: dict[tuple[str, str, int], Any] = {}
     expected: Fraction | None = None
     damaged = False
     packets = container.demux(stream)
@@ -274,16 +286,14 @@ def _frames(container: Any, stream: Any, report: SoundReport) -> Iterator[tuple[
             report.broke_off = _reason(error)
             return
         try:
-            frames = packet.decode()
+            frames = [(frame, _float_samples(frame, packers)) for frame in packet.decode() if frame.samples]
         except av.error.EOFError:
             return
-        except av.error.FFmpegError:
+        except (av.error.FFmpegError, ValueError):
             report.skipped_packets += 1
             damaged = True
             continue
-        for frame in frames:
-            if frame.samples == 0 or frame.sample_rate <= 0 or frame.layout.nb_channels == 0:
-                continue
+        for frame, samples in frames:
             lost_s = 0.0
             if frame.pts is not None and frame.time_base:
                 begins = frame.pts * frame.time_base
@@ -295,16 +305,8 @@ def _frames(container: Any, stream: Any, report: SoundReport) -> Iterator[tuple[
             if expected is not None:
                 expected += Fraction(frame.samples, frame.sample_rate)
             damaged = False
-            yield frame, lost_s
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Some sound as it was decoded: samples float32 [n, channels]; names of the channels as FFmpeg gives them."""
-
-    samples: Samples
-    sample_rate: int
-    channels: tuple[str, ...]
+            names = tuple(channel.name for channel in frame.layout.channels)
+            yield _Piece(_clean(samples, report), frame.sample_rate, names, lost_s)
 
 
 def _decoded(sound: SoundFile, report: SoundReport) -> Iterator[_Piece]:
@@ -313,23 +315,21 @@ def _decoded(sound: SoundFile, report: SoundReport) -> Iterator[_Piece]:
     with _open(sound.path) as container:
         stream = _audio_stream(container, sound.path)
         gathered: list[Samples] = []
-        length, rate, names = 0, 0, ()
-        for frame, lost_s in _frames(container, stream, report):
-            form = frame.sample_rate, tuple(channel.name for channel in frame.layout.channels)
-            if gathered and (form != (rate, names) or length >= rate * PIECE_S):
+        names: tuple[str, ...] = ()
+        length = rate = 0
+        for frame in _frames(container, stream, report):
+            if gathered and (
+                (frame.sample_rate, frame.channels) != (rate, names) or length >= frame.sample_rate * PIECE_S
+            ):
                 yield _Piece(np.concatenate(gathered), rate, names)
                 gathered, length = [], 0
-            rate, names = form
-            if lost_s:
-                silence = np.zeros((round(lost_s * rate), len(names)), np.float32)
-                gathered.append(silence)
-                length += len(silence)
-                report.filled_s += lost_s
-                report.decoded_s += lost_s
-            samples = _clean(_float_samples(frame), report)
-            gathered.append(samples)
-            length += len(samples)
-            report.decoded_s += len(samples) / rate
+            rate, names = frame.sample_rate, frame.channels
+            if frame.lost_s:
+                gathered.append(np.zeros((round(frame.lost_s * rate), len(names)), np.float32))
+                report.filled_s += frame.lost_s
+            gathered.append(frame.samples)
+            length = sum(map(len, gathered))
+            report.decoded_s += frame.lost_s + len(frame.samples) / rate
             if report.decoded_s > sound.max_duration_s:
                 raise AudioError(_too_long(sound, f"more than {_hours(sound.max_duration_s)} long"))
         if gathered:
@@ -338,12 +338,23 @@ def _decoded(sound: SoundFile, report: SoundReport) -> Iterator[_Piece]:
         report.missing_s = sound.declared_s - report.decoded_s
 
 
-def _float_samples(frame: Any) -> Samples:
-    """A frame's samples in [-1, 1] as float32 [n, channels], whatever they are stored as."""
-    if frame.format.name not in _SCALES:
-        (frame,) = av.AudioResampler(format="dblp", layout=frame.layout, rate=frame.sample_rate).resample(frame)
-    values = frame.to_ndarray()
+def _float_samples(frame: Any, packers: dict[tuple[str, str, int], Any]) -> Samples:
+    """A frame's samples in [-1, 1] as float32 [n, channels], whatever they are stored as.
+
+    packers: converters for what PyAV cannot hand over, kept from frame to frame.
+    Raises: ValueError: the frame tells no sense of itself, as a damaged one does.
+    """
     channels = frame.layout.nb_channels
+    if not (1 <= channels <= MAX_CHANNELS and _rate_is_sane(frame.sample_rate)):
+        raise ValueError(f"{channels} channels at {frame.sample_rate} Hz")
+    if frame.format.name not in _SCALES or (frame.format.is_planar and channels >= 8):
+        # PyAV (18.1) looks for the end of a list of planes that has none when there are eight: it reads on into memory
+        # that is not the frame's, and the process dies. In one plane it cannot.
+        form = frame.format.name, frame.layout.name, frame.sample_rate
+        if form not in packers:
+            packers[form] = av.AudioResampler(format="dbl", layout=frame.layout, rate=frame.sample_rate)
+        (frame,) = packers[form].resample(frame)
+    values = frame.to_ndarray()
     values = values.T if frame.format.is_planar else values.reshape(-1, channels)
     offset, scale = _SCALES[frame.format.name]
     if scale == 1.0:
@@ -364,6 +375,10 @@ _SCALES: dict[str, tuple[float, float]] = {
     }.items()
     for planar in ("", "p")
 }
+
+
+def _rate_is_sane(sample_rate: int) -> bool:
+    return 1000 <= sample_rate <= 1_536_000
 
 
 def _clean(samples: Samples, report: SoundReport) -> Samples:

@@ -50,7 +50,7 @@ def encode(path: Path, samples: np.ndarray, rate: int, codec: str, layout: str, 
             container.mux(video.encode(None))
         frame_size = stream.codec_context.frame_size or 1024
         resampler = av.AudioResampler(stream.codec_context.format, layout, rate, frame_size=frame_size)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T), format="fltp", layout=layout)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples).reshape(1, -1), format="flt", layout=layout)
         frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
         for part in resampler.resample(frame) + resampler.resample(None):
             container.mux(stream.encode(part))
@@ -79,6 +79,9 @@ CODECS = [  # (file, encoder, rate, layout, channels)
     ("a.m4a", "aac", 44_100, "mono", 1),
     ("b.m4a", "alac", 48_000, "stereo", 2),
     ("a.mp4", "aac", 48_000, "5.1", 6),
+    ("b.mp4", "aac", 48_000, "7.1", 8),
+    ("c.mkv", "flac", 48_000, "7.1", 8),
+    ("d.mkv", "libopus", 48_000, "7.1", 8),
     ("a.mov", "pcm_s16be", 48_000, "stereo", 2),
     ("a.mkv", "libopus", 48_000, "mono", 1),
     ("b.mkv", "aac", 44_100, "stereo", 2),
