@@ -325,6 +325,25 @@ class CausalDiT(nn.Module):
         """The type of the residual stream between blocks, and of keys and values."""
         return self.patch_embedding.weight.dtype
 
+    def initialize(self) -> None:
+        """Draw weights to begin training with, from torch's global generator; velocity and injections begin at zero.
+
+        Source: Wan2.1, WanModel.init_weights; Wan2.2-S2V, zero_init.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        embeddings = [self.time_embedding[0], self.time_embedding[2], self.trainable_cond_mask]
+        if self.config.text_dim:
+            embeddings += [self.text_embedding[0], self.text_embedding[2]]
+        for module in embeddings:
+            nn.init.normal_(module.weight, std=0.02)
+        for module in [self.head.head, *(injector.o for injector in self.audio_injector.injector)]:
+            nn.init.zeros_(module.weight)
+        if self.config.cond_dim:
+            nn.init.zeros_(self.cond_encoder.weight)
+
     # What goes in.
 
     def embed(self, x: Tensor, pose: Tensor | None = None) -> Tensor:

@@ -469,6 +469,16 @@ def test_a_block_computed_again_gives_the_same_and_leaves_the_same() -> None:
     assert torch.equal(*results)
 
 
+def test_training_begins_without_velocity_and_without_audio() -> None:
+    dit = CausalDiT(POCKET)
+    dit.initialize()
+    x = torch.randn(1, 12, 32)
+    tokens = dit.encode_audio(torch.randn(1, 1, 12, 12))
+    assert torch.equal(dit.inject(1, x, tokens), x)
+    assert not dit.head(x, dit.modulation(at(500.0))[0], 2, 2).any()
+    assert all(parameter.isfinite().all() for parameter in dit.parameters())
+
+
 def test_every_parameter_of_the_embedded_shape_learns() -> None:
     with torch.enable_grad():
         dit = random_pocket()
