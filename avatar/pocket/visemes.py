@@ -53,9 +53,11 @@ REST = Viseme(0.0, 0.12, 0.05, 0.0, 1.5)
 _TABLE: dict[str, Viseme] = {
     # open vowels
     "a ä ɶ": Viseme(1.00, 0.35, 0.00, 0.10, 1.0),
-    "ɑ ɒ": Viseme(0.95, 0.15, 0.20, 0.05, 1.0),
+    "ɑ": Viseme(0.92, 0.15, 0.15, 0.05, 1.0),
+    "ɒ": Viseme(0.80, 0.05, 0.40, 0.00, 1.0),
     "æ": Viseme(0.90, 0.50, 0.00, 0.15, 1.0),
-    "ɐ ʌ": Viseme(0.75, 0.30, 0.00, 0.10, 1.0),
+    "ɐ": Viseme(0.78, 0.30, 0.00, 0.10, 1.0),
+    "ʌ": Viseme(0.70, 0.25, 0.12, 0.05, 1.0),
     # middle vowels
     "ɛ": Viseme(0.65, 0.60, 0.00, 0.20, 1.0),
     "e": Viseme(0.50, 0.75, 0.00, 0.25, 1.0),
@@ -64,16 +66,17 @@ _TABLE: dict[str, Viseme] = {
     "ɔ": Viseme(0.68, 0.00, 0.60, 0.00, 1.0),
     "o": Viseme(0.50, 0.00, 0.80, 0.00, 1.0),
     "ɤ": Viseme(0.50, 0.35, 0.10, 0.05, 1.0),
-    "œ": Viseme(0.55, 0.10, 0.60, 0.15, 1.0),
-    "ø": Viseme(0.40, 0.05, 0.80, 0.15, 1.0),
+    "œ": Viseme(0.55, 0.15, 0.50, 0.15, 1.0),
+    "ø": Viseme(0.40, 0.15, 0.65, 0.15, 1.0),
     # close vowels
     "i": Viseme(0.25, 1.00, 0.00, 0.30, 1.0),
     "ɪ": Viseme(0.32, 0.80, 0.00, 0.30, 0.9),
     "ɨ ɿ": Viseme(0.28, 0.65, 0.00, 0.30, 0.9),
-    "ɯ": Viseme(0.28, 0.50, 0.10, 0.10, 0.9),
-    "y ʏ": Viseme(0.25, 0.05, 0.95, 0.20, 1.0),
+    "ɯ": Viseme(0.28, 0.40, 0.25, 0.10, 0.9),
+    "y ʏ": Viseme(0.25, 0.20, 0.75, 0.20, 1.0),
     "u": Viseme(0.25, 0.00, 1.00, 0.00, 1.0),
-    "ʊ ʉ": Viseme(0.32, 0.00, 0.85, 0.00, 0.9),
+    "ʊ": Viseme(0.32, 0.00, 0.85, 0.00, 0.9),
+    "ʉ": Viseme(0.28, 0.15, 0.65, 0.10, 0.9),
     # lips
     "p": Viseme(0.00, 0.20, 0.10, 0.00, 0.5, "lips", held=False),
     "b ɓ ʙ": Viseme(0.00, 0.20, 0.10, 0.00, 0.5, "lips"),
@@ -86,11 +89,12 @@ _TABLE: dict[str, Viseme] = {
     "t d ɗ ʈ ɖ": Viseme(0.20, 0.40, 0.05, 0.70, 0.4),
     "n ɳ": Viseme(0.22, 0.40, 0.05, 0.75, 0.5),
     "s z": Viseme(0.12, 0.65, 0.00, 0.45, 0.8),
-    "l ɫ ɭ ɬ ɮ ɺ": Viseme(0.32, 0.35, 0.05, 0.95, 0.5),
+    "l ɭ ɬ ɮ ɺ": Viseme(0.32, 0.30, 0.10, 0.95, 0.5),
+    "ɫ": Viseme(0.32, 0.15, 0.35, 0.80, 0.8),
     "ɾ ɽ": Viseme(0.30, 0.35, 0.05, 0.70, 0.3),
     "r": Viseme(0.28, 0.30, 0.10, 0.70, 0.5),
     "ɹ ɻ": Viseme(0.26, 0.05, 0.50, 0.40, 0.8),
-    "ʃ ʒ ʂ ʐ": Viseme(0.18, 0.05, 0.65, 0.40, 1.0),
+    "ʃ ʒ ʂ ʐ": Viseme(0.18, 0.10, 0.55, 0.40, 1.0),
     "ɕ ʑ": Viseme(0.18, 0.45, 0.25, 0.40, 0.9),
     # back of the tongue and throat: the lips are free
     "ç ʝ": Viseme(0.22, 0.65, 0.00, 0.25, 0.6),
@@ -104,8 +108,9 @@ _TABLE: dict[str, Viseme] = {
 }
 VISEMES = {symbol: viseme for symbols, viseme in _TABLE.items() for symbol in symbols.split()}
 
-# espeak-ng writes some sounds in its own way: a dot for a curled tongue, Greek letters, a mark alone.
-_SPELLINGS = (("s.", "ʂ"), ("z.", "ʐ"), ("r.", "ɽ"), ("ε", "ɛ"), ("ᵻ", "ɪ"))
+# espeak-ng writes some sounds in its own way: a dot for a curled tongue, Greek letters, a mark alone. Its Japanese u
+# sounds, and so looks, half rounded, and its syllabic l is dark.
+_SPELLINGS = (("ɯᵝ", "ʉ"), ("əl", "ɫ"), ("s.", "ʂ"), ("z.", "ʐ"), ("r.", "ɽ"), ("ε", "ɛ"), ("ᵻ", "ɪ"))
 _ALONE = {"ʲ": "j"}
 
 
@@ -140,6 +145,8 @@ ANTICIPATION_S = 0.030
 """How long before a sound its shape has e-fold begun to show; small, since it is heard only as it comes."""
 CARRY_OVER_S = 0.040
 """How long after a sound its shape lingers, e-fold."""
+BRIEF_S = 0.040
+"""Shorter sounds pull less; espeak-ng reports marks of no length, which must not be seen at all."""
 SMOOTHING_FRAMES = 7
 SEAL_S = 0.055
 """Lips that meet stay closed at least as long: more than one picture at 25 frames a second."""
@@ -147,7 +154,9 @@ SEAL_EDGE_S = 0.040
 """The time from open to closed lips and back."""
 
 
-def mouth_track(phonemes: list[Phoneme], loudness: NDArray[np.float32], sounding: NDArray[np.bool_]) -> NDArray[np.float32]:
+def mouth_track(
+    phonemes: list[Phoneme], loudness: NDArray[np.float32], sounding: NDArray[np.bool_]
+) -> NDArray[np.float32]:
     """The mouth in each 10 ms: [T, 4] = opening, width, pucker, tongue, each about 0..1.1.
 
     Args:
@@ -161,12 +170,13 @@ def mouth_track(phonemes: list[Phoneme], loudness: NDArray[np.float32], sounding
     shape = np.tile(_shape_of(REST), (count, 1))
     if pulls:
         targets = np.stack([_shape_of(p.viseme) for p in pulls])
-        weights = np.array([p.viseme.weight for p in pulls])
+        brief = np.minimum(np.array([p.end - p.start for p in pulls]) / BRIEF_S, 1.0)
+        weights = brief * np.array([p.viseme.weight for p in pulls])
         early = np.maximum(np.array([p.start for p in pulls]) - clock[:, None], 0.0) / ANTICIPATION_S
         late = np.maximum(clock[:, None] - np.array([p.end for p in pulls]), 0.0) / CARRY_OVER_S
         dominance = weights * np.exp(-((early + late) ** 1.3)) + 1e-9
         shape = (dominance @ targets) / dominance.sum(1, keepdims=True)
-    shape[:, 0] *= np.clip(0.6 + 0.45 * loudness, 0.0, 1.08)
+    shape[:, 0] *= np.clip(0.8 + 0.25 * loudness, 0.0, 1.05)
     shape = _smooth(shape, SMOOTHING_FRAMES)
     for pull in pulls:
         if pull.viseme.seal:
