@@ -1,4 +1,4 @@
-"""Speaks the example recordings anew: python examples/make_speech.py (needs espeak-ng and the libraries of the project)."""
+"""Speaks the example recordings anew: python -m examples.make_speech (needs espeak-ng)."""
 
 from __future__ import annotations
 
