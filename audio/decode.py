@@ -150,7 +150,7 @@ def open_sound(path: str | os.PathLike[str], max_duration_s: float = MAX_DURATIO
     with _open(path) as container:
         stream = _audio_stream(container, path)
         declared_s = _declared_s(container, stream, path)
-        first = next(_frames(container, stream, report), None)
+        first = next(_frames(container, stream, declared_s, report), None)
         if first is None:
             if report.skipped_packets or report.broke_off:
                 raise AudioError(f"{path}: {_UNDECODABLE}")
@@ -271,8 +271,10 @@ class _Piece:
     lost_s: float = 0.0
 
 
-def _frames(container: Any, stream: Any, report: SoundReport) -> Iterator[_Piece]:
+def _frames(container: Any, stream: Any, declared_s: float | None, report: SoundReport) -> Iterator[_Piece]:
     """The sound frame by frame, as the codec cut it. What cannot be decoded is skipped."""
+    end_s = math.inf if declared_s is None else declared_s  # a timestamp beyond it is damaged
+    origin: Fraction | None = None
     packers: dict[tuple[str, str, int], Any] = {}
     expected: Fraction | None = None
     damaged = False
@@ -280,8 +282,8 @@ def _frames(container: Any, stream: Any, report: SoundReport) -> Iterator[_Piece
     while True:
         try:
             packet = next(packets)
-        except StopIteration:
-            return
+        except (StopIteration, IndexError):
+            return  # IndexError: how PyAV (18.1) ends a file in which another track began on the way
         except (av.error.FFmpegError, OSError) as error:
             report.broke_off = _reason(error)
             return
@@ -297,7 +299,8 @@ def _frames(container: Any, stream: Any, report: SoundReport) -> Iterator[_Piece
             lost_s = 0.0
             if frame.pts is not None and frame.time_base:
                 begins = frame.pts * frame.time_base
-                if expected is not None:
+                origin = begins if origin is None else origin
+                if expected is not None and begins - origin < end_s:
                     hole = float(begins - expected)
                     if (0.001 if damaged else GAP_S) < hole <= LONGEST_GAP_S:
                         lost_s = hole
@@ -317,7 +320,7 @@ def _decoded(sound: SoundFile, report: SoundReport) -> Iterator[_Piece]:
         gathered: list[Samples] = []
         names: tuple[str, ...] = ()
         length = rate = 0
-        for frame in _frames(container, stream, report):
+        for frame in _frames(container, stream, sound.declared_s, report):
             if gathered and (
                 (frame.sample_rate, frame.channels) != (rate, names) or length >= frame.sample_rate * PIECE_S
             ):

@@ -397,6 +397,16 @@ def test_what_cannot_be_used_is_told_in_one_line_with_its_name_and_a_remedy(tmp_
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    path = written(tmp_path / "a.wav", b"RIFF")
+    with pytest.raises(AudioError, match=r"a\.wav: cannot be read \(permission denied\); check its permissions"):
+        open_sound(path)
+
+
 def test_a_film_without_sound_is_told(tmp_path):
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         video = container.add_stream("libx264", rate=25, width=64, height=64, pix_fmt="yuv420p")

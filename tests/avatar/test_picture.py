@@ -277,6 +277,18 @@ def test_what_cannot_be_used_is_told_in_one_line_with_its_name_and_a_remedy(tmp_
     assert not recwarn.list
 
 
+def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied")
+
+    path = save(tmp_path / "a.png", Image.new("RGB", (32, 32)))
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(
+        PictureError, match=r"a\.png: cannot be read \(permission denied\); check the path and its perm"
+    ):
+        read_picture(path)
+
+
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path = save(tmp_path / "a.png", Image.new("RGB", (400, 300)))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("was decoded"))
