@@ -401,8 +401,8 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     def refuse(path, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
     path = written(tmp_path / "a.wav", b"RIFF")
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(AudioError, match=r"a\.wav: cannot be read \(permission denied\); check its permissions"):
         open_sound(path)
 
