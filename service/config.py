@@ -168,10 +168,17 @@ def _assignments(texts: Iterable[str]) -> Iterator[tuple[str, Any, str]]:
         if not separator or not key.strip():
             raise ConfigError(f"--set {text}: not of the form section.key=value, such as encoder.crf=20")
         try:
-            parsed = yaml.safe_load(value) if value.strip() else ""
+            # A text is taken as it stands: a prompt may hold a colon.
+            parsed = value if _is_text(key.strip()) else yaml.safe_load(value)
         except yaml.YAMLError:
             parsed = value
         yield key.strip(), parsed, f"--set {text}"
+
+
+def _is_text(key: str) -> bool:
+    section, _, name = key.partition(".")
+    fields = type(getattr(Settings(), section, None) or Settings()).model_fields
+    return name in fields and fields[name].annotation in (str, Path)
 
 
 def _given(overrides: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:

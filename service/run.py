@@ -101,6 +101,7 @@ class _Run:
         self._request, self._settings, self._watcher = request, settings, watcher
         self._began, self._clock = began, clock
         self._stop = asyncio.Event()
+        self._engine: Engine | None = None
 
     async def run(self) -> RunResult:
         model = self._settings.model
@@ -114,6 +115,7 @@ class _Run:
         )
         with self._signals():
             async with await Engine.launch(engine_settings) as engine:
+                self._engine = engine
                 return await self._speak(engine)
 
     async def _speak(self, engine: Engine) -> RunResult:
@@ -244,6 +246,8 @@ class _Run:
         def on_signal(number: int) -> None:
             if self._stop.is_set():
                 # The second one insists. The part is playable as it lies there.
+                if self._engine is not None:
+                    self._engine.kill()
                 os._exit(128 + number)
             self._stop.set()
 

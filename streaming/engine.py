@@ -143,13 +143,18 @@ class Engine:
             await asyncio.wait_for(self._process.wait(), 0.5)
         except TimeoutError:
             # In the middle of a step. It keeps nothing that anyone needs.
-            self._kill()
+            self.kill()
             await self._process.wait()
         self._fail_all(EngineError(f"model {self._settings.model}: its process was closed"))
         self._reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
         os.close(self._descriptor)
+
+    def kill(self) -> None:
+        """End the process by force; whoever waits gets an EngineError."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def _ask(self, session: EngineSession, header: dict[str, Any], body: bytes = b"") -> list[FrameBlock]:
         """Send one request and wait for its answer; adds the model's time to the session's."""
@@ -223,12 +228,8 @@ class Engine:
 
     def _hung(self, what: str) -> EngineError:
         self._dead = EngineError(f"model {self._settings.model}: {what}; its process was ended")
-        self._kill()
+        self.kill()
         return self._dead
-
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
 
     def _obituary(self, status: int) -> str:
         if status == -signal.SIGKILL:

@@ -104,12 +104,12 @@ class Child:
         began = time.monotonic()
         try:
             self._model = load(header["model"], header["size"], header["steps"], header["options"])
+            spec = asdict(self._model.spec)
+            os.ftruncate(self._descriptor, slot_bytes(spec) * header["slots"])
+            self._frames = np.frombuffer(mmap.mmap(self._descriptor, 0), np.uint8).reshape(header["slots"], -1)
         except Exception as error:
             self._fail(None, error)
             return False
-        spec = asdict(self._model.spec)
-        os.ftruncate(self._descriptor, slot_bytes(spec) * header["slots"])
-        self._frames = np.frombuffer(mmap.mmap(self._descriptor, 0), np.uint8).reshape(header["slots"], -1)
         self._free.extend(range(header["slots"]))
         self._send({"op": "ready", "spec": spec, "load_s": time.monotonic() - began})
         return True
