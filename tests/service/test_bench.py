@@ -1,0 +1,34 @@
+"""The benchmarks, on the toy: that they measure, and what they print. Their figures are no test's business."""
+
+from __future__ import annotations
+
+
+def test_speed_prints_every_stage_beside_its_limit(place):
+    model = place.run_command()[-1].removeprefix("--model=")
+    process = place.call(
+        place.command(
+            "bench", "speed", "--model", model, "--image", place.image, "--audio", place.audio, "--seconds", 4
+        )
+    )
+    assert process.returncode == 0, process.stderr
+    assert "64x64, 4 s of video" in process.stdout
+    assert "ms of 480 ms" in process.stdout
+    assert "x real time" in process.stdout
+
+
+def test_memory_prints_a_curve_and_its_growth(place):
+    model = place.run_command()[-1].removeprefix("--model=")
+    options = ["--image", place.image, "--audio", place.audio, "--seconds", 12, "--every", 3]
+    process = place.call(place.command("bench", "memory", "--model", model, *options))
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == ["3", "6", "9", "12"]
+    assert lines[-1].startswith("growth from the first to the last:")
+
+
+def test_what_the_command_says_is_what_the_benchmark_says(place):
+    process = place.call(
+        place.command("bench", "speed", "--image", "none.png", "--audio", place.audio, "--model", "nix")
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("avatard: model nix: no such model or folder")
