@@ -34,8 +34,8 @@ def speed(settings: Settings, image: Path, audio: Path, seconds: float) -> RunRe
     The times are seen from outside: with the start of Python, and the first frame a little too late rather than early.
     Raises: AvatardError: what the command said.
     """
-    with tempfile.TemporaryDirectory(prefix="avatard-bench-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="avatard-bench-") as scratch:
+        folder = Path(scratch)
         sound = _repeated(audio, folder / "sound.wav", seconds)
         (folder / "settings.yaml").write_text(reference_yaml(settings, comments=False), encoding="utf-8")
         options = {"image": image, "audio": sound, "to": folder / "out.mp4", "config": folder / "settings.yaml"}

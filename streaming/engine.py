@@ -139,6 +139,9 @@ class Engine:
             return
         self._closed = True
         self._input.close()
+        if not self._ready.done():
+            # It imports or loads, and would look at its input only after that.
+            self.kill()
         try:
             await asyncio.wait_for(self._process.wait(), 0.5)
         except TimeoutError:

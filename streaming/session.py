@@ -129,6 +129,7 @@ class _Session:
         self._lanes = [_Lane(sink) for sink in sinks]
         self._result = SessionResult()
         self._error: Exception | None = None
+        self._delivered = False
 
     async def run(self, stop: asyncio.Event) -> SessionResult:
         # One thread: what a cancelled task leaves running there still ends before the encoder is closed.
@@ -156,6 +157,8 @@ class _Session:
 
     async def _watch(self, stop: asyncio.Event, makers: Sequence[asyncio.Task[None]]) -> None:
         await stop.wait()
+        if self._delivered:
+            return  # all is made; the file is being finished, which is sooner done than undone
         self._result.stopped = True
         self._rendered.close()
         for task in makers:
@@ -207,6 +210,7 @@ class _Session:
             self._error = error
         # Whatever happened: what the encoder still holds belongs to frames that were made.
         self._rendered.abandon()
+        self._delivered = True
         if self._result.frames:
             try:
                 await self._hand_out(await self._in_encoder(self._encoder.flush))

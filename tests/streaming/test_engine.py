@@ -148,6 +148,30 @@ async def test_closing_twice_and_in_mid_step_leaves_no_process():
         os.kill(engine.pid, 0)
 
 
+async def test_an_engine_that_is_still_loading_is_closed_at_once(tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\n\ndef load(**_):\n    time.sleep(600)\n")
+    engine = await Engine.launch(EngineSettings(f"{slow}:load"))
+    await asyncio.wait_for(engine.close(), 5)
+    with pytest.raises(EngineError):
+        await engine.ready()
+
+
+async def test_engines_that_come_and_go_leave_no_descriptor_behind():
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async def once() -> None:
+        async with await Engine.launch(toy()) as engine:
+            await frames_of(engine, 1)
+
+    await once()
+    before = descriptors()
+    for _ in range(3):
+        await once()
+    assert descriptors() <= before
+
+
 async def test_the_parent_never_imports_torch():
     probe = "import streaming.engine, streaming.session, streaming.sinks, sys; sys.exit('torch' in sys.modules)"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", probe)

@@ -138,6 +138,16 @@ async def test_a_name_with_a_colon_is_a_name_and_not_a_protocol(tmp_path):
     assert read_mp4(tmp_path / "at 12:30.mp4").frames == 36
 
 
+@pytest.mark.parametrize(
+    "name", ["ein Gespräch.mp4", "会话.mp4", "%d.mp4", "a#b?c.mp4", "-.mp4", os.fsdecode(b"\xff.mp4")]
+)
+async def test_any_name_that_the_system_allows_will_do(tmp_path, name):
+    sink = FileSink(tmp_path / name)
+    await write(sink, 1)
+    await sink.close(complete=True)
+    assert os.listdir(tmp_path) == [name]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of two megabytes."""
