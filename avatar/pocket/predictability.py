@@ -18,6 +18,7 @@ from avatar.pocket.ear import MEL_PER_FRAME, Ear, normalise
 
 NAMES = ("opening", "width", "pucker", "tongue")
 MINUTE = 25 * 60
+RATE = 1.5e-3
 LAGS = range(-3, 4)
 
 
@@ -42,10 +43,10 @@ def fit(mel: Tensor, mouth: Tensor, seconds: float, seed: int, frames: int = 16,
     torch.manual_seed(seed)
     ear = Ear()
     c = ear.config
-    optimiser = torch.optim.AdamW(ear.parameters(), lr=2e-3, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(ear.parameters(), lr=RATE, weight_decay=0.01)
     began = time.monotonic()
     while (spent := (time.monotonic() - began) / seconds) < 1:
-        optimiser.param_groups[0]["lr"] = 2e-3 * min(1.0, 2.0 * (1.0 - spent))
+        optimiser.param_groups[0]["lr"] = RATE * min(1.0, 50.0 * spent + 0.01, 2.0 * (1.0 - spent))
         room = len(mel) - MEL_PER_FRAME * frames - c.ahead
         starts = torch.randint(c.past, room, (batch,), generator=rng).tolist()
         heard = torch.stack([mel[s - c.past : s + MEL_PER_FRAME * frames + c.ahead] for s in starts])
@@ -54,6 +55,7 @@ def fit(mel: Tensor, mouth: Tensor, seconds: float, seed: int, frames: int = 16,
         loss = (guess - wanted).square().mean()
         optimiser.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(ear.parameters(), 0.5)  # without it a run may end at a constant
         optimiser.step()
     return ear
 
