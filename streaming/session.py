@@ -152,6 +152,8 @@ class _Session:
             watcher = tasks.create_task(self._watch(stop, makers), name="stop")
             lanes = [tasks.create_task(self._write(lane), name=f"lane {lane.sink.name}") for lane in self._lanes]
             await tasks.create_task(self._deliver(), name="deliver")
+            for task in makers:
+                task.cancel()  # after a failure a source may still be waited for, one that never speaks again
             await asyncio.gather(*lanes)
             watcher.cancel()
 
