@@ -136,17 +136,18 @@ class _Run:
             session = await self._or_stop(engine.open(Reference(picture, settings.model.prompt, settings.model.seed)))
             total = None if sound.declared_s is None else max(1, round(sound.declared_s * spec.fps))
             self._watcher.began(sound, total, spec.fps)
-            result = await run_session(
-                FileSource(sound, spec.sample_rate),
-                sound.original(),
-                session,
-                [sink],
-                encoder_settings=EncoderSettings(**settings.encoder.model_dump()),
-                metadata=self._metadata(sink),
-                on_progress=self._watcher.advanced,
-                stop=self._stop,
-                clock=self._clock,
-            )
+            with contextlib.closing(sound.original()) as original:
+                result = await run_session(
+                    FileSource(sound, spec.sample_rate),
+                    original,
+                    session,
+                    [sink],
+                    encoder_settings=EncoderSettings(**settings.encoder.model_dump()),
+                    metadata=self._metadata(sink),
+                    on_progress=self._watcher.advanced,
+                    stop=self._stop,
+                    clock=self._clock,
+                )
         except Exception as error:
             await sink.close(complete=False)
             if sink.output is None or str(sink.output) in str(error):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 
 def test_speed_prints_every_stage_beside_its_limit(place):
     model = place.run_command()[-1].removeprefix("--model=")
@@ -32,3 +34,12 @@ def test_what_the_command_says_is_what_the_benchmark_says(place):
     )
     assert process.returncode == 2
     assert process.stderr.startswith("avatard: model nix: no such model or folder")
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_ten_minutes_of_video(place):
+    model = place.run_command()[-1].removeprefix("--model=")
+    options = ["--image", place.image, "--audio", place.audio, "--seconds", 600, "--every", 60]
+    process = place.call(place.command("bench", "memory", "--model", model, *options))
+    growth = float(process.stdout.splitlines()[-1].split()[-2])
+    assert growth < 2.0, process.stdout
