@@ -7,7 +7,7 @@ trained on it. `offline_features` sees the whole file; `SpeechStream` sees a win
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -125,9 +125,6 @@ class SpeechState:
     past: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     position: int = 0
     loudness: Loudness = field(default_factory=Loudness)
-
-    def copy(self) -> SpeechState:
-        return replace(self)
 
 
 class SpeechStream:

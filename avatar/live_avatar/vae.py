@@ -18,6 +18,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from avatar.stateful import state_bytes
+
 LATENT_CHANNELS = 16
 SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 4
@@ -34,19 +36,12 @@ LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 class VaeState:
     """What one direction of one stream remembers.
 
-    cache: one slot for each causal convolution, the last frames it was given; a slot is replaced at each call and never
-    written in place, so a copy of the list is a snapshot. started: whether the first frame has gone through.
+    cache: one slot for each causal convolution, the last frames it was given; None before the first frame, and the word
+    "Rep" in an upsampler that has seen one frame only. started: whether the first frame has gone through.
     """
 
     cache: list[Any]
     started: bool = False
-
-    def copy(self) -> VaeState:
-        """A snapshot; shares the tensors, which nobody writes to."""
-        return VaeState(list(self.cache), self.started)
-
-    def nbytes(self) -> int:
-        return sum(slot.nbytes for slot in self.cache if isinstance(slot, Tensor))
 
 
 class WanVae(nn.Module):
@@ -131,16 +126,10 @@ class WanVae(nn.Module):
         state.cache[:] = [slot.to(self.dtype) if isinstance(slot, Tensor) else slot for slot in state.cache]
 
 
-def prime(vae: WanVae, latent: Tensor, frames: int = 7) -> VaeState:
-    """A decoder that has already shown a still picture, so that each later latent frame is 4 pixel frames.
-
-    Args:
-        latent: [B, 16, T, h, w], the still picture; its last frame is repeated when T < frames, else the last `frames`
-            are used. 7 is what Live Avatar's pipeline over timesteps does (TPP:960); the decoder reaches back 37.
-    """
-    still = torch.cat([latent, latent[:, :, -1:].expand(-1, -1, max(0, frames - latent.shape[2]), -1, -1)], 2)
+def prime(vae: WanVae, latents: Tensor) -> VaeState:
+    """A decoder that has seen these latents [B, 16, T, h, w], so that each later one is 4 pixel frames."""
     state = vae.init_decoder()
-    for frame in still[:, :, -frames:].split(1, dim=2):
+    for frame in latents.split(1, dim=2):
         vae.decode(frame, state)
     return state
 
@@ -165,8 +154,8 @@ def decoder_state_bytes(vae: WanVae, height: int, width: int) -> int:
     """Bytes of a primed decoder's state for pictures of that size, worked out on the meta device."""
     with torch.no_grad(), torch.device("meta"):
         shadow = WanVae(build_vae(vae.model.config.base_dim).to(vae.dtype))
-        latent = torch.empty(1, LATENT_CHANNELS, 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
-        return prime(shadow, latent, frames=4).nbytes()
+        latents = torch.empty(1, LATENT_CHANNELS, 4, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+        return state_bytes(prime(shadow, latents))
 
 
 _RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}

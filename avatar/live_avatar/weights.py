@@ -270,7 +270,8 @@ def random_weights(
     Matrices and kernels are normal with variance 1 / fan-in, gains 1, biases 0, so that activations stay finite at any
     depth. Tensors are made on `device`; one tensor that two names share stays shared.
     """
-    generator = torch.Generator(device=device or "cpu").manual_seed(seed)
+    place = torch.device(device or "cpu")
+    generator = None if place.type == "meta" else torch.Generator(device=place).manual_seed(seed)
     tied = dict(getattr(module, "_tied_weights_keys", None) or {})
     for name, old in list(module.state_dict(keep_vars=True).items()):
         if name in tied:

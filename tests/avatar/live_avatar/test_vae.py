@@ -14,6 +14,7 @@ from avatar.live_avatar.vae import (
     prime,
     to_uint8,
 )
+from avatar.stateful import clone, state_bytes
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +102,22 @@ def test_two_streams_and_an_encode_between_do_not_touch_each_other(vae, cases):
 def test_a_snapshot_of_the_memory_can_be_returned_to(vae, cases):
     state = vae.init_decoder()
     vae.decode(cases["random_latents"][None, :, :2], state)
-    snapshot = state.copy()
+    snapshot = clone(state)
     once = vae.decode(cases["random_latents"][None, :, 2:], state)
     again = vae.decode(cases["random_latents"][None, :, 2:], snapshot)
     torch.testing.assert_close(once, again, rtol=0, atol=0)
 
 
 def test_after_priming_three_latents_are_twelve_frames_and_the_memory_is_flat(vae, cases):
-    state = prime(vae, cases["single.latents"][None])
-    size = state.nbytes()
+    state = prime(vae, cases["latents"][None])
+    size = state_bytes(state)
     for _ in range(2):
         assert vae.decode(cases["random_latents"][None, :, :3], state).shape[2] == 12
-        assert state.nbytes() == size
+        assert state_bytes(state) == size
 
 
 def test_the_planned_bytes_of_the_decoder_memory_are_the_allocated_ones(vae, cases):
-    assert decoder_state_bytes(vae, 40, 56) == prime(vae, cases["single.latents"][None]).nbytes()
+    assert decoder_state_bytes(vae, 40, 56) == state_bytes(prime(vae, cases["latents"][None]))
 
 
 def test_a_bf16_vae_stores_bf16_caches_also_under_autocast(golden, vae, cases):

@@ -11,6 +11,7 @@ import textwrap
 
 import pytest
 import torch
+from published import save_shards
 from safetensors.torch import save_file
 from torch import nn
 
@@ -28,21 +29,6 @@ def tensors():
     return {
         key: torch.randn(tensor.shape, generator=generator).bfloat16() for key, tensor in tiny().state_dict().items()
     }
-
-
-def save_shards(folder, tensors, stem="diffusion_pytorch_model", shards=3):
-    """The layout of a sharded release: `stem-0000i-of-0000n.safetensors` and an index."""
-    keys = list(tensors)
-    weight_map = {}
-    for i in range(shards):
-        name = f"{stem}-{i + 1:05}-of-{shards:05}.safetensors"
-        part = {key: tensors[key].contiguous() for key in keys[i::shards]}
-        save_file(part, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, name)
-    index = folder / f"{stem}.safetensors.index.json"
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
-    return index
 
 
 def save(kind, folder, tensors):

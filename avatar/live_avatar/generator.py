@@ -1,0 +1,635 @@
+"""Live Avatar as a model of the house: a picture, a prompt and blocks of sound in, blocks of frames out.
+
+The loop is that of the reference's real-time pipeline (its pipeline over timesteps, "TPP"), with the steps of a block
+in sequence: streaming VAE, static motion frames, and the first generated frame as reference from the second clip on.
+Where its single-process pipeline does otherwise, `Options` has a policy for each difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from audio.chunk import AudioBlock
+from audio.errors import AvatardError
+from audio.wav2vec import SpeechState, SpeechStream
+from avatar.cache import Conditioning, KVCache
+from avatar.live_avatar.dit import MOTION_FRAMES, CausalDiT, DiTConfig, TextKV
+from avatar.live_avatar.size import MULTIPLE
+from avatar.live_avatar.text import PromptEncoder
+from avatar.live_avatar.vae import (
+    LATENT_CHANNELS,
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    VaeState,
+    WanVae,
+    build_vae,
+    decoder_state_bytes,
+    from_uint8,
+    prime,
+    to_uint8,
+)
+from avatar.live_avatar.weights import (
+    Lora,
+    fill,
+    find_files,
+    load_speech_encoder,
+    load_vae,
+    open_checkpoint,
+    random_weights,
+    read_json,
+)
+from avatar.model import FrameBlock, Part, Reference, StreamSpec
+from avatar.picture import cover
+from avatar.sampling import Reanchor, ReferenceDistance, denoise_block, sigmas, step_modulations
+from avatar.stateful import state_bytes
+
+LATENTS_PER_BLOCK = 3
+FRAMES_PER_BLOCK = LATENTS_PER_BLOCK * TEMPORAL_FACTOR
+REFERENCE_LEAD = 3
+"""Frames at the start of a stream that the reference throws away. They are delivered here (docs/live_avatar.md), but
+stay out of the history that re-anchoring encodes, as they do there."""
+
+STILL_GROUPS = 31
+"""Groups of four equal frames after which the encoder is at rest: a latent depends on at most 28 before it, and what
+the encoder remembers on a little more."""
+
+
+class OptionError(AvatardError):
+    """An option of the live_avatar family that does not work; names option and value."""
+
+
+class ReferenceLatent(StrEnum):
+    """Which latent stands for the picture."""
+
+    SINGLE_FRAME = "single-frame"
+    """The picture encoded as one frame; the real-time pipeline's."""
+    SECOND_OF_FIVE = "second-of-five"
+    """The second latent of five equal frames; the single-process pipeline's."""
+
+
+class Decoding(StrEnum):
+    STREAM = "stream"
+    """One decoder from the first block to the last."""
+    PER_CLIP = "per-clip"
+    """Each clip by a decoder primed with the encoded frames before it; for parity with the single-process pipeline."""
+
+
+class Crop(StrEnum):
+    COVER = "cover"
+    """Scaled to cover the size, and cut."""
+    REFERENCE = "reference"
+    """The short side scaled to the smaller of width and height, then cut or padded with black."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be chosen; the defaults are the reference's real-time pipeline.
+
+    width, height: in pixels, multiples of 64. steps: denoising steps, 1 to 8; merge_last_step: leave out the last one,
+    which moves the latents by under 1 %. ring_blocks: blocks a block can look at, itself included. clip_blocks: blocks
+    in a clip, the unit of noise seeds and of re-anchoring. reference_distance: see `ReferenceDistance`. motion_frames:
+    equal frames encoded as the motion before the stream, 1 + 4k (73, which are 19 latents; 365 in the single-process
+    pipeline, of whose latents the last 19 count), and how far back re-encoding looks. prime_latents: still latents the
+    decoder has seen before the first block (7; the decoder remembers 37).
+    """
+
+    width: int = 704
+    height: int = 384
+    steps: int = 4
+    merge_last_step: bool = False
+    ring_blocks: int = 4
+    clip_blocks: int = 4
+    reference_distance: ReferenceDistance = field(default_factory=ReferenceDistance)
+    reanchor: Reanchor = Reanchor.REFERENCE
+    reference_latent: ReferenceLatent = ReferenceLatent.SINGLE_FRAME
+    motion_frames: int = 73
+    prime_latents: int = 7
+    decoding: Decoding = Decoding.STREAM
+    crop: Crop = Crop.COVER
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value < MULTIPLE or value % MULTIPLE:
+                raise OptionError(f"{name}: {value} is not a multiple of {MULTIPLE}")
+        for name in ("ring_blocks", "clip_blocks", "prime_latents"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}: {getattr(self, name)}; must be 1 or more")
+        if self.motion_frames < 1 or self.motion_frames % TEMPORAL_FACTOR != 1:
+            raise OptionError(f"motion_frames: {self.motion_frames}; must be 1 + 4k, such as 73")
+        try:
+            sigmas(self.steps, merge_last_step=self.merge_last_step)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
+
+    @classmethod
+    def single_process(cls, **changes: object) -> Options:
+        """The reference's single-process pipeline (its `reanchor` is off unless online decoding is asked for).
+
+        It primes the decoder with 92 latents; 38 give the same frames, since the decoder reaches back 37.
+        """
+        base = cls(
+            reanchor=Reanchor.NONE,
+            reference_latent=ReferenceLatent.SECOND_OF_FIVE,
+            motion_frames=365,
+            prime_latents=38,
+            decoding=Decoding.PER_CLIP,
+            crop=Crop.REFERENCE,
+        )
+        return replace(base, **changes)  # type: ignore[arg-type]
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether generated frames are remembered to be encoded again."""
+        return self.decoding is Decoding.PER_CLIP or self.reanchor is Reanchor.REFERENCE_MOTION
+
+
+@dataclass
+class Session:
+    """All that one stream remembers.
+
+    block: the next one; distances: the generator of reference distances; levels, times: the steps' noise levels and
+    time modulations; motion: latents [1, 16, M, h, w]; anchor: the first generated latent frame; noise: of the present
+    clip; pose: latents of the whole stream, where there is a pose video; still: the picture [1, 3, 1, H, W]; shown: the
+    last generated frames, where they are needed again.
+    """
+
+    seed: int
+    distances: torch.Generator
+    levels: Tensor
+    times: list[tuple[Tensor, Tensor]]
+    text: TextKV
+    conditioning: Conditioning
+    caches: list[KVCache]
+    motion: Tensor
+    vae: VaeState
+    speech: SpeechState
+    still: Tensor
+    shown: list[Tensor] = field(default_factory=list)
+    anchor: Tensor | None = None
+    noise: Tensor | None = None
+    pose: Tensor | None = None
+    block: int = 0
+    decoded: int = 0
+
+
+class Prompts(Protocol):
+    """Where prompt embeddings come from; see `PromptEncoder`."""
+
+    def embed(self, prompt: str) -> Tensor: ...
+
+    def weight_bytes(self) -> int: ...
+
+
+class Speech(Protocol):
+    """Where speech features come from; see `SpeechStream`."""
+
+    lookahead_samples: int
+    past_samples: int
+    model: torch.nn.Module
+
+    def init_state(self) -> SpeechState: ...
+
+    def features(self, state: SpeechState, block: AudioBlock) -> Tensor: ...
+
+
+Noise = Callable[[int, int, tuple[int, ...], torch.dtype, torch.device], Tensor]
+"""Start noise of one clip, from (session seed, clip, shape, dtype, device)."""
+
+
+def clip_noise(seed: int, clip: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The reference's noise: one draw for the clip from a generator on the device, seeded with seed + clip.
+
+    On a GPU the numbers depend on its class, and neighbouring seeds share clips; so it is there.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed + clip)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+
+class LiveAvatar:
+    """The family behind the four calls of `AvatarModel`.
+
+    Args:
+        dit, vae, speech, prompts: the networks; none of them keeps anything of a session.
+        options: sizes and policies.
+        device: where sessions live and work; that of the transformer's weights without it.
+        noise: another source of start noise, for parity runs.
+    """
+
+    def __init__(
+        self,
+        dit: CausalDiT,
+        vae: WanVae,
+        speech: Speech,
+        prompts: Prompts,
+        options: Options | None = None,
+        *,
+        device: torch.device | str | None = None,
+        noise: Noise = clip_noise,
+    ) -> None:
+        self.dit, self.vae, self.speech, self.prompts = dit, vae, speech, prompts
+        self.options = options or Options()
+        self.device = torch.device(device) if device is not None else dit.patch_embedding.weight.device
+        self.noise = noise
+        self.spec = StreamSpec(
+            self.options.width,
+            self.options.height,
+            frames_per_block=FRAMES_PER_BLOCK,
+            lookahead_samples=speech.lookahead_samples,
+        )
+
+    # What it takes.
+
+    @property
+    def _steps(self) -> int:
+        return self.options.steps - self.options.merge_last_step
+
+    @property
+    def _latent_size(self) -> tuple[int, int]:
+        return self.options.height // SPATIAL_FACTOR, self.options.width // SPATIAL_FACTOR
+
+    def parts(self) -> list[Part]:
+        """What there is to place, in bytes; works on the meta device. A session's bytes are those of a running one."""
+        options = self.options
+        h, w = self._latent_size
+        latent = LATENT_CHANNELS * h * w
+        # Motion latents are float32, as the encoder gives them; noise and anchor have the transformer's type.
+        kept = latent * min(MOTION_FRAMES, self._motion_latents()) * 4
+        kept += latent * (LATENTS_PER_BLOCK * options.clip_blocks + 1) * self.dit.dtype.itemsize
+        frame = 3 * options.height * options.width * self.vae.dtype.itemsize
+        history = frame * self._history_frames()
+        decoder = decoder_state_bytes(self.vae, options.height, options.width)
+        vae = self.vae.model
+        return [
+            Part("dit", _bytes(self.dit), self._transformer_bytes() + kept, self._steps),
+            Part("vae.decoder", _bytes(vae.decoder, vae.post_quant_conv), decoder + history, 1),
+            Part("vae.encoder", _bytes(vae.encoder, vae.quant_conv), frame, 0),
+            Part("speech", _bytes(self.speech.model), self.speech.past_samples * 4, 1),
+            Part("text", self.prompts.weight_bytes(), 0, 0),
+        ]
+
+    @torch.no_grad()
+    def _transformer_bytes(self) -> int:
+        """What prompt, conditioning, rings and modulations take, found by making them on the meta device."""
+        h, w = self._latent_size
+        config = self.dit.config
+        with torch.device("meta"):
+            dit = build_dit(config).to(self.dit.dtype)
+            latent = torch.empty(1, LATENT_CHANNELS, 1, h, w)
+            text = dit.encode_text(torch.empty(1, 1, config.text_dim))
+            conditioning = dit.prefill(latent, latent if config.enable_framepack else None, text)
+            ring_frames = LATENTS_PER_BLOCK * self.options.ring_blocks
+            caches = [dit.new_cache(conditioning, ring_frames) for _ in range(self._steps)]
+            levels = sigmas(self.options.steps, merge_last_step=self.options.merge_last_step)
+            times = step_modulations(dit, levels, latent.device)
+        return state_bytes([text, conditioning, caches, times]) + levels.nbytes
+
+    def _motion_latents(self) -> int:
+        return 1 + (self.options.motion_frames - 1) // TEMPORAL_FACTOR
+
+    def _history_frames(self) -> int:
+        """Generated frames that are kept once the stream runs; after re-anchoring nobody asks for them again."""
+        if self.options.decoding is not Decoding.PER_CLIP:
+            return 0
+        whole = math.ceil(self.options.motion_frames / FRAMES_PER_BLOCK)
+        return whole * FRAMES_PER_BLOCK
+
+    # The four calls.
+
+    @torch.no_grad()
+    def start(self, reference: Reference) -> Session:
+        """A session: picture and prompt encoded, conditioning prefilled, decoder primed."""
+        options = self.options
+        picture = torch.from_numpy(np.ascontiguousarray(self._fit(reference.image)))
+        still = from_uint8(picture.to(self.device))[None, :, None].to(self.vae.dtype)
+        latent = self._reference_latent(still)
+        motion = latents_after_still(self.vae, still, options.motion_frames)
+        # A stream begins as a video of the still picture begins; a clip goes on where such a video has come to rest.
+        count = options.prime_latents
+        primer = motion[:, :, :count] if options.decoding is Decoding.STREAM else motion[:, :, -count:]
+        text = self.dit.encode_text(self.prompts.embed(reference.prompt)[None].to(self.device))
+        conditioning = self.dit.prefill(latent, motion, text)
+        ring_frames = LATENTS_PER_BLOCK * options.ring_blocks
+        levels = sigmas(options.steps, merge_last_step=options.merge_last_step).to(self.device)
+        return Session(
+            seed=reference.seed,
+            distances=torch.Generator().manual_seed(reference.seed),
+            levels=levels,
+            times=step_modulations(self.dit, levels, self.device),
+            text=text,
+            conditioning=conditioning,
+            caches=[self.dit.new_cache(conditioning, ring_frames) for _ in range(self._steps)],
+            motion=motion[:, :, -MOTION_FRAMES:].clone(),
+            vae=prime(self.vae, primer),
+            speech=self.speech.init_state(),
+            still=still,
+        )
+
+    def step(self, state: Session, audio: AudioBlock) -> list[FrameBlock]:
+        """Advance `state` in place by one block of sound; its frames. An empty list for a block without sound."""
+        start = FRAMES_PER_BLOCK * state.block
+        video = self.decode(state, self.denoise(state, audio))
+        count = math.ceil(audio.valid / self.spec.samples_per_frame)
+        if count == 0:
+            return []
+        frames = to_uint8(video[0]).cpu().numpy()[:count]
+        return [FrameBlock(frames, audio.samples[: audio.valid], start)]
+
+    def finish(self, state: Session) -> list[FrameBlock]:
+        """Nothing is in flight: steps run in sequence."""
+        return []
+
+    # The two halves of a step.
+
+    @torch.no_grad()
+    def denoise(self, state: Session, audio: AudioBlock) -> Tensor:
+        """Latents [1, 16, 3, h, w] of the next block; advances all of `state` but the decoder."""
+        clip, place = divmod(state.block, self.options.clip_blocks)
+        f0 = LATENTS_PER_BLOCK * state.block
+        if place == 0:
+            self._begin_clip(state, clip)
+        features = self.speech.features(state.speech, audio).to(self.device)
+        assert state.noise is not None
+        latents = denoise_block(
+            self.dit,
+            state.noise[:, :, LATENTS_PER_BLOCK * place : LATENTS_PER_BLOCK * (place + 1)],
+            state.conditioning,
+            state.caches,
+            state.levels,
+            state.times,
+            state.text,
+            self.dit.prepare_audio(self.dit.encode_audio(features)),
+            f0,
+            self.options.reference_distance.positions(f0, self._steps, state.distances),
+            pose=self._pose(state, f0),
+        )
+        if state.block == 0:
+            state.anchor = latents[:, :, :1].clone()
+        state.block += 1
+        return latents
+
+    @torch.no_grad()
+    def decode(self, state: Session, latents: Tensor) -> Tensor:
+        """Pixels [1, 3, 12, H, W] in [-1, 1] of a block's latents; advances the decoder of `state`."""
+        options = self.options
+        per_clip = options.decoding is Decoding.PER_CLIP
+        if per_clip and state.decoded and state.decoded % options.clip_blocks == 0:
+            state.vae = prime(self.vae, self._encode_history(state)[:, :, -options.prime_latents :])
+        video = self.vae.decode(latents, state.vae)
+        state.decoded += 1
+        if options.keeps_history and (per_clip or state.decoded <= options.clip_blocks):
+            state.shown.append(video.to(self.vae.dtype))
+            del state.shown[: -math.ceil(options.motion_frames / FRAMES_PER_BLOCK)]
+        return video
+
+    @torch.no_grad()
+    def set_pose(self, state: Session, video: Tensor) -> None:
+        """Let a pose video lead the stream from its first block on, in place.
+
+        Args:
+            video: [3, T, H, W] in [-1, 1], at 25 frames a second; filled up with black to whole clips. After its end
+                the stream goes on without.
+        """
+        clip_frames = FRAMES_PER_BLOCK * self.options.clip_blocks
+        missing = -video.shape[1] % clip_frames
+        black = video.new_full((1,), -1.0).expand(3, missing, *video.shape[2:])
+        clips = torch.cat([video, black], 1)[None].to(self.device).split(clip_frames, dim=2)
+        # One frame more in front makes 1 + 4k of them; its latent is dropped again.
+        encoded = [self.vae.encode(torch.cat([clip[:, :, :1], clip], 2))[:, :, 1:] for clip in clips]
+        state.pose = torch.cat(encoded, 2)
+
+    # Inside.
+
+    def _fit(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        fit = cover if self.options.crop is Crop.COVER else centre_crop
+        return fit(image, self.options.width, self.options.height)
+
+    def _reference_latent(self, still: Tensor) -> Tensor:
+        if self.options.reference_latent is ReferenceLatent.SINGLE_FRAME:
+            return self.vae.encode(still)
+        return self.vae.encode(still.expand(-1, -1, 1 + TEMPORAL_FACTOR, -1, -1))[:, :, 1:]
+
+    def _begin_clip(self, state: Session, clip: int) -> None:
+        h, w = self._latent_size
+        shape = (LATENT_CHANNELS, LATENTS_PER_BLOCK * self.options.clip_blocks, h, w)
+        state.noise = self.noise(state.seed, clip, shape, self.dit.dtype, self.device)[None]
+        if clip == 1 and self.options.reanchor is not Reanchor.NONE:
+            self._reanchor(state)
+
+    def _reanchor(self, state: Session) -> None:
+        """New conditioning, in place; the rings stay."""
+        if self.options.reanchor is Reanchor.REFERENCE_MOTION:
+            state.motion = self._encode_history(state)[:, :, -MOTION_FRAMES:].clone()
+            if self.options.decoding is Decoding.STREAM:
+                state.shown.clear()
+        assert state.anchor is not None
+        state.conditioning = self.dit.prefill(state.anchor, state.motion, state.text)
+        for cache in state.caches:
+            self.dit.condition(cache, state.conditioning)
+
+    def _encode_history(self, state: Session) -> Tensor:
+        """Latents of the last `motion_frames` frames: the still picture, then what was generated."""
+        shown = torch.cat(state.shown, 2)
+        if state.decoded == len(state.shown):
+            shown = shown[:, :, REFERENCE_LEAD:]
+        still = self.options.motion_frames - shown.shape[2]
+        if still > 0:
+            return latents_after_still(self.vae, state.still, still, shown)
+        return self.vae.encode(shown[:, :, -self.options.motion_frames :])
+
+    def _pose(self, state: Session, f0: int) -> Tensor | None:
+        if state.pose is None or f0 >= state.pose.shape[2]:
+            return None
+        return state.pose[:, :, f0 : f0 + LATENTS_PER_BLOCK]
+
+
+def latents_after_still(vae: WanVae, still: Tensor, frames: int, shown: Tensor | None = None) -> Tensor:
+    """Latents [1, 16, M, h, w] of a video that holds still and then moves.
+
+    Args:
+        still: [1, 3, 1, H, W], shown for `frames` frames, 1 or more; only as long as it matters is it computed.
+        shown: [1, 3, N, H, W], the frames after that; frames + N = 4 M - 3.
+    """
+    state = vae.init_encoder()
+    latents = [vae.encode(still, state)]
+    groups, rest = divmod(frames - 1, TEMPORAL_FACTOR)
+    for _ in range(min(groups, STILL_GROUPS)):
+        latents.append(vae.encode(still.expand(-1, -1, TEMPORAL_FACTOR, -1, -1), state))
+    latents.append(latents[-1].expand(-1, -1, max(0, groups - STILL_GROUPS), -1, -1))
+    if shown is not None:
+        latents.append(vae.encode(torch.cat([still.expand(-1, -1, rest, -1, -1), shown], 2), state))
+    return torch.cat(latents, 2)
+
+
+def centre_crop(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """The reference's fit: short side to min(width, height), bilinear; then the middle, black where it is short."""
+    from PIL import Image
+
+    rows, columns = image.shape[:2]
+    side = min(width, height)
+    short, long = sorted((rows, columns))
+    scaled = int(side * long / short)
+    size = (side, scaled) if columns <= rows else (scaled, side)
+    picture = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    pad_x, pad_y = max(0, width - size[0]), max(0, height - size[1])
+    picture = np.pad(picture, ((pad_y // 2, (pad_y + 1) // 2), (pad_x // 2, (pad_x + 1) // 2), (0, 0)))
+    top = round((picture.shape[0] - height) / 2)
+    left = round((picture.shape[1] - width) / 2)
+    return picture[top : top + height, left : left + width]
+
+
+def _bytes(*modules: torch.nn.Module) -> int:
+    seen: dict[int, int] = {}
+    for module in modules:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            seen[id(tensor)] = tensor.nbytes
+    return sum(seen.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the ready model
+
+
+def build_dit(config: DiTConfig) -> CausalDiT:
+    """The transformer without weights (meta device)."""
+    with torch.device("meta"):
+        return CausalDiT(config).eval().requires_grad_(False)
+
+
+def load_dit(
+    weights: Path,
+    config: Path,
+    lora: Path | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    lora_alpha: float = 64.0,
+    lora_rank: int = 128,
+) -> CausalDiT:
+    """The transformer from its original layout, a LoRA merged into it tensor by tensor.
+
+    Raises: WeightsError: files damaged, keys or shapes that do not fit; ConfigMismatch: another architecture.
+    """
+    checkpoint = open_checkpoint(weights)
+    dit = build_dit(DiTConfig.from_dict(read_json(config)))
+    change = None
+    if lora is not None:
+        change = Lora(open_checkpoint(lora), alpha=lora_alpha, rank=lora_rank)
+        change.check(checkpoint.shapes)
+    fill(dit, checkpoint, change=change, dtype=dtype, device=device)
+    return dit
+
+
+def load_live_avatar(
+    directory: Path,
+    options: Options | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    vae_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    lora: Path | None = None,
+    need_lora: bool = True,
+    lora_alpha: float = 64.0,
+    lora_rank: int = 128,
+    prompt_store: Path | None = None,
+    past_samples: int | None = None,
+    lookahead_samples: int | None = None,
+) -> LiveAvatar:
+    """The model in a folder of the original layouts, on one device.
+
+    Args:
+        directory: `Wan2.2-S2V-14B`, or the folder that holds it and `Live-Avatar` (`avatard fetch` makes the latter).
+        dtype: of transformer, speech and text encoder; vae_dtype: of the VAE, the same without it.
+        lora: the LoRA's file, where it lies elsewhere; need_lora: see `find_files`.
+        prompt_store: where prompt embeddings are kept; ~/.cache/avatard/prompts without it.
+        past_samples, lookahead_samples: of the speech window; `SpeechStream`'s own defaults without them.
+    Raises: WeightsError, ConfigMismatch, OptionError.
+    """
+    files = find_files(directory, lora, need_lora=need_lora)
+    window = {"past_samples": past_samples, "lookahead_samples": lookahead_samples}
+    # The largest first: what the others need comes after its last temporary is gone.
+    dit = load_dit(
+        files.dit, files.config, files.lora, dtype=dtype, device=device, lora_alpha=lora_alpha, lora_rank=lora_rank
+    )
+    vae = load_vae(files.vae, dtype=vae_dtype or dtype, device=device)
+    model, normalised = load_speech_encoder(files.speech, dtype=dtype, device=device)
+    speech = SpeechStream(
+        model, normalised=normalised, **{key: value for key, value in window.items() if value is not None}
+    )
+    store = prompt_store or Path.home() / ".cache" / "avatard" / "prompts"
+    prompts = PromptEncoder(files.text, files.tokenizer, store, dtype=dtype, device=device)
+    return LiveAvatar(dit, vae, speech, prompts, options, device=device)
+
+
+class GivenPrompt:
+    """One embedding for all prompts, for models that have no text encoder."""
+
+    def __init__(self, context: Tensor, weight_bytes: int = 0) -> None:
+        self.context = context
+        self._weight_bytes = weight_bytes
+
+    def embed(self, prompt: str) -> Tensor:
+        return self.context
+
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+
+TEXT_ENCODER_PARAMETERS = 5_680_910_336
+
+
+def random_live_avatar(
+    options: Options | None = None,
+    config: DiTConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    vae_width: int = 96,
+    speech_layers: int = 24,
+) -> LiveAvatar:
+    """The model with random weights: its speed and its memory without a download; its pictures are noise.
+
+    On the meta device it takes no memory and still knows its `parts`. Prompts are one random embedding,
+    and the text encoder counts in `parts` with the bytes of the full size.
+    """
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    config = config or DiTConfig()
+    heads = max(1, config.audio_dim // 64)
+    sound = Wav2Vec2Config(
+        hidden_size=config.audio_dim,
+        num_hidden_layers=speech_layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * config.audio_dim,
+        do_stable_layer_norm=True,
+        feat_extract_norm="layer",
+        conv_bias=True,
+        mask_time_prob=0.0,
+    )
+    dit = build_dit(config)
+    vae = build_vae(vae_width)
+    with torch.device("meta"):
+        speech = Wav2Vec2Model(sound).eval().requires_grad_(False)
+    for place, module in enumerate((dit, vae, speech)):
+        random_weights(module, seed=seed + place, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.randn(64, config.text_dim, generator=generator).to(dtype)
+    return LiveAvatar(
+        dit,
+        WanVae(vae).to(device),
+        SpeechStream(speech),
+        GivenPrompt(context, TEXT_ENCODER_PARAMETERS * dtype.itemsize),
+        options,
+        device=device,
+    )
