@@ -123,14 +123,22 @@ def fetch(
     model: Annotated[str, typer.Argument(help="live-avatar-14b")],
     to: Annotated[Path | None, typer.Option(help="The folder; default: the settings' paths.models.")] = None,
     revision: Annotated[str | None, typer.Option(help="A revision of the weights other than the tested one.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read and check again what is there already.")] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
 ) -> None:
     """Download the weights of a model, or go on where a download broke off."""
+    from service import log
     from service.config import load_settings
     from service.fetch import fetch_model
 
-    fetch_model(model, load_settings(config, assignments or ()), to, revision)
+    log.set_up()
+    try:
+        folder = fetch_model(model, load_settings(config, assignments or ()), to, revision, verify)
+    except KeyboardInterrupt:
+        _complain("stopped; the same command goes on from here")
+        raise typer.Exit(INTERRUPTED) from None
+    print(f"{model} is in {folder}")
 
 
 @app.command()
@@ -239,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain(str(error))
         status = USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
-        _complain("stopped; nothing was written")
+        _complain("stopped")
         status = INTERRUPTED
     except Exception as error:
         # What the parser of the command line complains of: an unknown option, a missing one.

@@ -103,3 +103,33 @@ def test_a_checked_file_is_said_to_be_right(capsys, tmp_path):
 @pytest.mark.parametrize("text", ["704x384", "704*384", "704X384", " 704 x 384 ", "704×384"])
 def test_a_size_is_read_as_people_write_it(text):
     assert cli.parse_size(text) == (704, 384)
+
+
+def test_fetch_brings_a_model_to_where_run_looks_for_it(capsys, tmp_path, monkeypatch):
+    from avatar.live_avatar import fetch
+    from service.config import load_settings
+    from service.models import resolve_model
+
+    calls = []
+
+    def brought(folder, **options):
+        folder.mkdir()
+        calls.append(options)
+
+    monkeypatch.setattr(fetch, "fetch", brought)
+    place = f"paths.models={tmp_path}"
+    status, out, _ = avatard(capsys, "fetch", "live-avatar-14b", "--revision", "v1", "--verify", "--set", place)
+    assert (status, out) == (0, f"live-avatar-14b is in {tmp_path}/live-avatar-14b\n")
+    assert calls == [{"revision": "v1", "progress": False, "verify": True}]
+    assert resolve_model("live-avatar-14b", load_settings(None, [place])) == f"{tmp_path}/live-avatar-14b"
+
+
+def test_a_fetch_that_is_stopped_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    from avatar.live_avatar import fetch
+
+    def stopped(folder, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch, "fetch", stopped)
+    status, _, err = avatard(capsys, "fetch", "live-avatar-14b", "--to", str(tmp_path))
+    assert (status, err) == (130, "avatard: stopped; the same command goes on from here\n")
