@@ -232,9 +232,7 @@ def test_the_mathematics_knows_no_clock_thread_socket_or_settings():
         for path in sources("avatar")
         if not is_program(path)
         for found in imports_of(path)
-        if found.at_import
-        and found.module.split(".")[0] in outside
-        and found.file != DOWNLOAD
+        if (found.at_import and found.module.split(".")[0] in outside and found.file != DOWNLOAD)
         or within(found.module, "avatar.live_avatar.fetch")
     ]
     assert not wrong, broken(*wrong)
