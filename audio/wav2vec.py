@@ -146,7 +146,7 @@ class SpeechStream:
     NEEDED_AHEAD = RECEPTIVE_FIELD - HOP
 
     def __init__(
-        self, model: Any, *, normalised: bool = True, past_samples: int = 61_440, lookahead_samples: int = 3_200
+        self, model: Any, *, normalised: bool = True, past_samples: int = 122_880, lookahead_samples: int = 3_200
     ) -> None:
         if past_samples % HOP or past_samples < 0 or lookahead_samples < 0:
             raise ValueError(f"past_samples {past_samples} is not a multiple of {HOP}, or lookahead is negative")

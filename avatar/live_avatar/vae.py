@@ -153,7 +153,8 @@ def build_vae(base_dim: int = 96) -> AutoencoderKLWan:
 def decoder_state_bytes(vae: WanVae, height: int, width: int) -> int:
     """Bytes of a primed decoder's state for pictures of that size, worked out on the meta device."""
     with torch.no_grad(), torch.device("meta"):
-        shadow = WanVae(build_vae(vae.model.config.base_dim).to(vae.dtype))
+        # diffusers' own `to` warns about parts to be kept in float32, of which this model has none.
+        shadow = WanVae(nn.Module.to(build_vae(vae.model.config.base_dim), vae.dtype))
         latents = torch.empty(1, LATENT_CHANNELS, 4, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
         return state_bytes(prime(shadow, latents))
 

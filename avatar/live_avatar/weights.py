@@ -88,18 +88,22 @@ class SafetensorsFile(Checkpoint):
             raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise WeightsError(f"{path}: not a safetensors file: its header is no JSON; fetch it again") from error
-        header.pop("__metadata__", None)
         self._entries: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
-        end = 0
-        for key, entry in header.items():
-            dtype = _DTYPES.get(entry.get("dtype"))
-            if dtype is None:
-                raise WeightsError(f"{path}: {key}: unknown data type {entry.get('dtype')!r}")
-            shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-            if stop - start != math.prod(shape) * dtype.itemsize:
-                raise WeightsError(f"{path}: {key}: {stop - start} bytes do not hold {list(shape)} of {entry['dtype']}")
-            self._entries[key] = (dtype, shape, 8 + length + start)
-            end = max(end, 8 + length + stop)
+        end = 8 + length
+        try:
+            for key, entry in header.items():
+                if key == "__metadata__":
+                    continue
+                dtype = _DTYPES[entry["dtype"]]
+                shape, (start, stop) = tuple(int(side) for side in entry["shape"]), entry["data_offsets"]
+                if start < 0 or stop - start != math.prod(shape) * dtype.itemsize:
+                    raise WeightsError(
+                        f"{path}: {key}: {stop - start} bytes do not hold {list(shape)} of {entry['dtype']}"
+                    )
+                self._entries[key] = (dtype, shape, 8 + length + start)
+                end = max(end, 8 + length + stop)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path}: a header that is not understood ({_first_line(error)})") from error
         if size != end:
             raise WeightsError(f"{path}: {size} bytes long where its header speaks of {end}; fetch it again")
         self.shapes = {key: shape for key, (_, shape, _) in self._entries.items()}

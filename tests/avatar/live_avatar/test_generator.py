@@ -308,11 +308,22 @@ def test_the_full_size_is_planned_without_memory():
     assert parts["dit"].touches_per_block == 4
 
 
+TINY = DiTConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, audio_dim=64, audio_inject_layers=(0,))
+
+
+def test_every_tensor_of_a_session_is_on_the_models_device(picture):
+    """The meta device stands for a GPU here: mixing the two would fail."""
+    options = replace(SMALL, clip_blocks=1, reanchor=Reanchor.REFERENCE_MOTION)
+    model = random_live_avatar(options, TINY, vae_width=4, device="meta")
+    model.noise = lambda seed, clip, shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
+    state = model.start(Reference(picture))
+    model.set_pose(state, torch.zeros(3, 12, 64, 64))
+    for i in range(3):
+        assert model.decode(state, model.denoise(state, sound_block(i))).is_meta
+
+
 def test_a_small_random_model_runs(picture):
-    config = DiTConfig(
-        dim=64, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, audio_dim=64, audio_inject_layers=(0,)
-    )
-    model = random_live_avatar(SMALL, config, vae_width=4, dtype=torch.bfloat16)
+    model = random_live_avatar(SMALL, TINY, vae_width=4, dtype=torch.bfloat16)
     (out,) = model.step(model.start(Reference(picture)), AudioBlock(np.zeros(BLOCK, np.float32), 0, BLOCK))
     assert out.frames.shape == (12, 64, 64, 3)
 

@@ -91,6 +91,27 @@ def test_a_file_cut_off_anywhere_is_named(kind, keep, tmp_path, tensors):
     assert "fetch it again" in one_line(error)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        '{"a": 1}',
+        '{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        '{"a": {"dtype": "F32", "shape": [1]}}',
+        "{",
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(header, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    with pytest.raises(WeightsError, match=re.escape(str(path))) as error:
+        open_checkpoint(path)
+    one_line(error)
+
+
 def test_a_cut_off_shard_is_named(tmp_path, tensors):
     index = save_shards(tmp_path, tensors)
     shard = tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors"
