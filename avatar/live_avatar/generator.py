@@ -7,12 +7,13 @@ Where its single-process pipeline does otherwise, `Options` has a policy for eac
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from avatar.live_avatar.vae import (
 )
 from avatar.live_avatar.weights import (
     Lora,
+    WeightsError,
     fill,
     find_files,
     load_speech_encoder,
@@ -47,6 +49,7 @@ from avatar.live_avatar.weights import (
     open_checkpoint,
     random_weights,
     read_json,
+    width_of,
 )
 from avatar.model import FrameBlock, Part, Reference, StreamSpec
 from avatar.picture import cover
@@ -95,6 +98,9 @@ class Crop(StrEnum):
 class Options:
     """What can be chosen; the defaults are the reference's real-time pipeline.
 
+    A policy may be given by its name, a fixed reference distance as a number: settings files have nothing else.
+    Raises: OptionError: a value that does not work.
+
     width, height: in pixels, multiples of 64. steps: denoising steps, 1 to 8; merge_last_step: leave out the last one,
     which moves the latents by under 1 %. ring_blocks: blocks a block can look at, itself included. clip_blocks: blocks
     in a clip, the unit of noise seeds and of re-anchoring. reference_distance: see `ReferenceDistance`. motion_frames:
@@ -118,6 +124,16 @@ class Options:
     crop: Crop = Crop.COVER
 
     def __post_init__(self) -> None:
+        for name, kind in _POLICIES.items():
+            try:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+            except ValueError as error:
+                raise OptionError(f"{name}: {getattr(self, name)}; there are {', '.join(kind)}") from error
+        if isinstance(self.reference_distance, int):
+            try:
+                object.__setattr__(self, "reference_distance", ReferenceDistance.fixed(self.reference_distance))
+            except ValueError as error:
+                raise OptionError(f"reference_distance: {error}") from error
         for name in ("width", "height"):
             value = getattr(self, name)
             if value < MULTIPLE or value % MULTIPLE:
@@ -148,10 +164,35 @@ class Options:
         )
         return replace(base, **changes)  # type: ignore[arg-type]
 
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Options:
+        """Options by name, as settings files and the command line give them.
+
+        Raises: OptionError: an unknown option, or a value that does not work.
+        """
+        types = {option.name: option.type for option in fields(cls)}
+        for name, value in settings.items():
+            if name not in types:
+                close = difflib.get_close_matches(name, types, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(types)}"
+                raise OptionError(f"{name}: no option of live_avatar; {hint}")
+            wanted = {"int": int, "bool": bool}.get(str(types[name]))
+            if wanted is not None and type(value) is not wanted:
+                raise OptionError(f"{name}: {value!r} is no {'whole number' if wanted is int else 'true or false'}")
+        return cls(**settings)
+
     @property
     def keeps_history(self) -> bool:
         """Whether generated frames are remembered to be encoded again."""
         return self.decoding is Decoding.PER_CLIP or self.reanchor is Reanchor.REFERENCE_MOTION
+
+
+_POLICIES: dict[str, type[StrEnum]] = {
+    "reanchor": Reanchor,
+    "reference_latent": ReferenceLatent,
+    "decoding": Decoding,
+    "crop": Crop,
+}
 
 
 @dataclass
@@ -521,7 +562,10 @@ def load_dit(
     Raises: WeightsError: files damaged, keys or shapes that do not fit; ConfigMismatch: another architecture.
     """
     checkpoint = open_checkpoint(weights)
-    dit = build_dit(DiTConfig.from_dict(read_json(config)))
+    try:
+        dit = build_dit(DiTConfig.from_dict(read_json(config)))
+    except (TypeError, ValueError) as error:  # numbers that are none, or make no network
+        raise WeightsError(f"{config}: {error}") from error
     change = None
     if lora is not None:
         change = Lora(open_checkpoint(lora), alpha=lora_alpha, rank=lora_rank)
@@ -556,6 +600,8 @@ def load_live_avatar(
     Raises: WeightsError, ConfigMismatch, OptionError.
     """
     files = find_files(directory, lora, need_lora=need_lora)
+    # Opened before the long load, though it is read for a new prompt only: a damaged file is found now.
+    text_width = width_of(open_checkpoint(files.text), "token_embedding.weight", 1)
     window = {"past_samples": past_samples, "lookahead_samples": lookahead_samples}
     # The largest first: what the others need comes after its last temporary is gone.
     dit = load_dit(
@@ -563,6 +609,17 @@ def load_live_avatar(
     )
     vae = load_vae(files.vae, dtype=vae_dtype or dtype, device=device)
     model, normalised = load_speech_encoder(files.speech, dtype=dtype, device=device)
+    wanted, found = (
+        (dit.config.audio_dim, dit.config.audio_layers),
+        (
+            model.config.hidden_size,
+            model.config.num_hidden_layers + 1,
+        ),
+    )
+    if wanted != found:
+        raise WeightsError(f"{files.speech}: {found[1]} states of {found[0]}, the transformer wants {wanted}")
+    if text_width != dit.config.text_dim:
+        raise WeightsError(f"{files.text}: width {text_width}, the transformer wants {dit.config.text_dim}")
     speech = SpeechStream(
         model, normalised=normalised, **{key: value for key, value in window.items() if value is not None}
     )

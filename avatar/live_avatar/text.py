@@ -97,7 +97,7 @@ class PromptEncoder:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer), local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers raises whatever a missing or damaged file leads it to
             reason = str(error).strip().partition("\n")[0]
             raise WeightsError(f"{self.tokenizer}: no tokenizer: {reason}") from error
         # Padding changes no valid row, so none is made.

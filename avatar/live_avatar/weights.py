@@ -163,7 +163,7 @@ class TorchFile(Checkpoint):
         except OSError as error:
             raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
         except pickle.UnpicklingError as error:
-            raise WeightsError(f"{path}: holds more than tensors, or is damaged; it is not loaded") from error
+            raise WeightsError(f"{path}: holds more than tensors, or is damaged; fetch it again") from error
         except (RuntimeError, EOFError, ValueError, KeyError) as error:
             raise WeightsError(f"{path}: damaged or cut off; fetch it again ({_first_line(error)})") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -454,7 +454,7 @@ def load_vae(
     from avatar.live_avatar.vae import WanVae, build_vae, diffusers_name
 
     checkpoint = open_checkpoint(path)
-    model = build_vae(_width(checkpoint, "encoder.conv1.weight"))
+    model = build_vae(width_of(checkpoint, "encoder.conv1.weight"))
     fill(model, checkpoint, rename=diffusers_name, dtype=dtype, device=device)
     return WanVae(model, bf16_constants=bf16_constants).to(device)
 
@@ -478,11 +478,14 @@ def load_speech_encoder(
     """The wav2vec2 encoder of a published CTC folder, and whether its sound is to be normalised."""
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-    config = Wav2Vec2Config.from_dict(read_json(folder / "config.json"))
+    described = read_json(folder / "config.json")
     # The vector that stands for masked sound is for training only; without it in the config the model has none.
-    config.mask_time_prob = config.mask_feature_prob = 0.0
-    with torch.device("meta"):
-        model = Wav2Vec2Model(config).eval().requires_grad_(False)
+    described |= {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+    try:
+        with torch.device("meta"):
+            model = Wav2Vec2Model(Wav2Vec2Config.from_dict(described)).eval().requires_grad_(False)
+    except Exception as error:  # transformers raises whatever a wrong value leads it to
+        raise WeightsError(f"{folder / 'config.json'}: describes no wav2vec2 model: {_first_line(error)}") from error
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
@@ -505,7 +508,8 @@ def speech_name(key: str) -> str | None:
     return name.replace(".conv.weight_v", ".conv.parametrizations.weight.original1")
 
 
-def _width(checkpoint: Checkpoint, key: str) -> int:
-    if key not in checkpoint.shapes:
+def width_of(checkpoint: Checkpoint, key: str, side: int = 0) -> int:
+    """One side of that tensor. Raises: WeightsError: no such tensor."""
+    if len(checkpoint.shapes.get(key, ())) <= side:
         raise WeightsError(f"{checkpoint.path}: {key}: missing")
-    return checkpoint.shapes[key][0]
+    return checkpoint.shapes[key][side]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -337,6 +338,28 @@ def test_an_option_that_does_not_work_is_named(option, value):
         Options(**{option: value})
 
 
+def test_options_come_from_settings_by_name():
+    options = Options.from_settings({"reanchor": "reference+motion", "reference_distance": 12, "steps": 3})
+    assert options.reanchor is Reanchor.REFERENCE_MOTION
+    assert options.reference_distance == ReferenceDistance.fixed(12)
+    assert Options.from_settings({}) == Options()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"re_anchor": "none"}, "did you mean 'reanchor'"),
+        ({"reanchor": "sometimes"}, "reanchor: sometimes; there are none, reference, reference"),
+        ({"steps": "four"}, "steps: 'four' is no whole number"),
+        ({"merge_last_step": 1}, "merge_last_step: 1 is no true or false"),
+        ({"reference_distance": 31}, "reference_distance"),
+    ],
+)
+def test_a_setting_that_does_not_work_is_named(settings, says):
+    with pytest.raises(OptionError, match=re.escape(says)):
+        Options.from_settings(settings)
+
+
 def test_a_fixed_reference_distance_draws_nothing(networks, speech, facts, picture):
     options = replace(SMALL, reference_distance=ReferenceDistance.fixed(10))
     model = LiveAvatar(*networks, speech, GivenPrompt(facts[1]["context"]), options)
@@ -392,18 +415,47 @@ def test_a_lora_of_another_rank_is_refused(checkpoint, tmp_path):
         load_live_avatar(checkpoint, SMALL, prompt_store=tmp_path, dtype=torch.float32)
 
 
+def change_folder(checkpoint, folder, name, content):
+    """A model folder in which one file is another."""
+    base = checkpoint / "Wan2.2-S2V-14B"
+    for path in [*(path for path in base.rglob("*") if path.is_file()), *checkpoint.glob("Live-Avatar/*")]:
+        link = folder / (path.relative_to(base) if path.is_relative_to(base) else path.name)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    (folder / name).unlink()
+    (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("models_t5_umt5-xxl-enc-bf16.pth", b"PK", "fetch it again"),
+        ("Wan2.1_VAE.pth", b"", "fetch it again"),
+        ("diffusion_pytorch_model-00001-of-00003.safetensors", b"12345678", "fetch it again"),
+        ("wav2vec2-large-xlsr-53-english/config.json", b'{"hidden_size": "x"}', "describes no wav2vec2 model"),
+        ("wav2vec2-large-xlsr-53-english/pytorch_model.bin", b"", "fetch it again"),
+        ("config.json", b"{", "not JSON"),
+    ],
+)
+def test_a_damaged_file_of_a_folder_is_named_when_it_is_loaded(name, content, says, checkpoint, tmp_path):
+    change_folder(checkpoint, tmp_path, name, content)
+    with pytest.raises(WeightsError, match=says) as error:
+        load_live_avatar(tmp_path, SMALL, prompt_store=tmp_path / "store", **WORKING)
+    assert str(error.value).startswith(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"qk_norm": False}, "qk_norm"), ({"num_layers": 7}, "missing"), ({"ffn_dim": 128}, r"shape \[256")],
+    [
+        ({"qk_norm": False}, "qk_norm"),
+        ({"num_layers": 7}, "missing"),
+        ({"ffn_dim": 128}, r"shape \[256"),
+        ({"dim": "wide"}, r"config\.json"),
+    ],
 )
 def test_a_config_of_another_network_is_refused(change, says, checkpoint, tmp_path):
-    base = checkpoint / "Wan2.2-S2V-14B"
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for path in [*base.iterdir(), checkpoint / "Live-Avatar" / "liveavatar.safetensors"]:
-        (folder / path.name).symlink_to(path)
-    (folder / "config.json").unlink()
-    config = json.loads((base / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
+    config = json.loads((checkpoint / "Wan2.2-S2V-14B" / "config.json").read_text())
+    change_folder(checkpoint, tmp_path, "config.json", json.dumps(config | change).encode())
     with pytest.raises((WeightsError, ConfigMismatch), match=says):
-        load_live_avatar(folder, SMALL, prompt_store=tmp_path, **WORKING)
+        load_live_avatar(tmp_path, SMALL, prompt_store=tmp_path / "store", **WORKING)
