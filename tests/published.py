@@ -6,10 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Wav2Vec2Config, Wav2Vec2ForCTC
 
 
 def save_shards(folder, tensors, stem="diffusion_pytorch_model", shards=3):
@@ -37,6 +38,33 @@ def save_tokenizer(folder):
     fast.save_pretrained(folder)
 
 
+def speech_like(samples: int) -> np.ndarray:
+    """Noise that swells and fades four times a second: float32 [samples]."""
+    noise = np.random.default_rng(0).standard_normal(samples)
+    swell = 0.55 + 0.45 * np.sin(np.arange(samples) * (2 * np.pi * 4 / 16_000))
+    return (0.1 * swell * noise).astype(np.float32)
+
+
+def write_speech(folder: Path) -> None:
+    """A small wav2vec2 folder with random weights under their published names: 24 layers, 32 wide."""
+    config = Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=24, num_attention_heads=2, intermediate_size=64, conv_dim=(24,) * 7,
+        do_stable_layer_norm=True, feat_extract_norm="layer", conv_bias=True, num_conv_pos_embeddings=32,
+        num_conv_pos_embedding_groups=4, vocab_size=33,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = Wav2Vec2ForCTC(config).state_dict()
+    tensors = {}
+    for key, tensor in state.items():
+        key = key.replace("parametrizations.weight.original0", "weight_g")
+        tensors[key.replace("parametrizations.weight.original1", "weight_v")] = tensor.clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
 def write_checkpoint(golden, root: Path) -> None:
     """The golden networks in one folder, with a LoRA of rank 4 beside them."""
     base = root / "Wan2.2-S2V-14B"
@@ -48,12 +76,7 @@ def write_checkpoint(golden, root: Path) -> None:
     torch.save(golden.tensors("t5.weights.safetensors"), base / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(golden.tensors("vae.weights.safetensors"), base / "Wan2.1_VAE.pth")
     save_tokenizer(base / "google" / "umt5-xxl")
-    speech = base / "wav2vec2-large-xlsr-53-english"
-    speech.mkdir()
-    config = golden.json("wav2vec2.config.json")
-    (speech / "preprocessor_config.json").write_text(json.dumps(config.pop("preprocessor")))
-    (speech / "config.json").write_text(json.dumps(config))
-    torch.save(golden.tensors("wav2vec2.weights.safetensors"), speech / "pytorch_model.bin")
+    write_speech(base / "wav2vec2-large-xlsr-53-english")
     (root / "Live-Avatar").mkdir()
     generator = torch.Generator().manual_seed(0)
     lora = {}

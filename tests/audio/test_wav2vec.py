@@ -25,7 +25,7 @@ BLOCK = 7_680
 
 
 @pytest.fixture(scope="module")
-def folder(golden, tmp_path_factory):
+def golden_folder(golden, tmp_path_factory):
     """A wav2vec2 folder as published: config, preprocessor, and weights in their old names."""
     from safetensors.torch import save_file
 
@@ -38,12 +38,24 @@ def folder(golden, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(folder):
+def golden_model(golden_folder):
     from avatar.live_avatar.weights import load_speech_encoder
 
-    model, normalised = load_speech_encoder(folder, dtype=torch.float32)
+    model, normalised = load_speech_encoder(golden_folder, dtype=torch.float32)
     assert normalised
     return model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small random one, for what needs no reference."""
+    from published import write_speech
+
+    from avatar.live_avatar.weights import load_speech_encoder
+
+    folder = tmp_path_factory.mktemp("random")
+    write_speech(folder)
+    return load_speech_encoder(folder, dtype=torch.float32)[0]
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +72,19 @@ def test_sound_is_normalised_as_by_the_feature_extractor(cases):
     close(normalise(cases["waveform"])[:2000], cases["input_values.head"])
 
 
-def test_hidden_states_are_the_references_with_the_last_one_normed(model, cases):
-    states = hidden_states(model, normalise(cases["waveform"]))
+def test_hidden_states_are_the_references_with_the_last_one_normed(golden_model, cases):
+    states = hidden_states(golden_model, normalise(cases["waveform"]))
     assert states.shape == (25, 314, 32)
     close(states[[0, 1, 12, 23, 24]], cases["hidden_states.layers_0_1_12_23_24"])
 
 
-def test_the_30_hz_grid_is_the_references(model, cases):
-    close(to_grid(hidden_states(model, normalise(cases["waveform"]))), cases["features_30fps"])
+def test_the_30_hz_grid_is_the_references(golden_model, cases):
+    close(to_grid(hidden_states(golden_model, normalise(cases["waveform"]))), cases["features_30fps"])
 
 
 @pytest.mark.parametrize("clip", [48, 24])
-def test_features_of_video_frames_are_the_references(model, cases, clip):
-    ours = offline_features(model, cases["waveform"].numpy(), frames_per_clip=clip)
+def test_features_of_video_frames_are_the_references(golden_model, cases, clip):
+    ours = offline_features(golden_model, cases["waveform"].numpy(), frames_per_clip=clip)
     assert ours.shape[-1] == clip * int(cases[f"num_clips.bucket{clip}"])
     frames = ours[0].permute(2, 0, 1)
     close(frames, cases["bucket48"]) if clip == 48 else close(frames[-30:], cases["bucket24.tail"])
@@ -96,14 +108,14 @@ def test_sound_too_short_for_a_frame_is_refused(model):
         offline_features(model, np.zeros(500, np.float32))
 
 
-def test_the_old_bin_file_loads_the_same(golden, folder, model, tmp_path):
+def test_the_old_bin_file_loads_the_same(golden, golden_folder, golden_model, tmp_path):
     from avatar.live_avatar.weights import load_speech_encoder
 
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text((golden_folder / "config.json").read_text())
     torch.save(golden.tensors("wav2vec2.weights.safetensors"), tmp_path / "pytorch_model.bin")
     other, _ = load_speech_encoder(tmp_path, dtype=torch.float32)
     sound = torch.linspace(-1, 1, 4000)
-    torch.testing.assert_close(hidden_states(other, sound), hidden_states(model, sound), rtol=0, atol=0)
+    torch.testing.assert_close(hidden_states(other, sound), hidden_states(golden_model, sound), rtol=0, atol=0)
 
 
 # The stream.
@@ -122,8 +134,10 @@ def run(stream, sound):
 
 
 @pytest.fixture(scope="module")
-def sound(cases):
-    return cases["waveform"].numpy()[: 9 * BLOCK]
+def sound():
+    from published import speech_like
+
+    return speech_like(9 * BLOCK)
 
 
 def whole(model, sound):

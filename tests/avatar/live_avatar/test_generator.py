@@ -30,7 +30,7 @@ from avatar.live_avatar.generator import (
     random_live_avatar,
 )
 from avatar.live_avatar.vae import WanVae, build_vae, diffusers_name
-from avatar.live_avatar.weights import WeightsError
+from avatar.live_avatar.weights import WeightsError, load_speech_encoder
 from avatar.model import Reference
 from avatar.sampling import Reanchor, ReferenceDistance
 from avatar.stateful import clone, restore, state_bytes
@@ -172,10 +172,10 @@ def test_online_decoding_with_a_pose_video_gives_the_references_latents_and_fram
     check_frames(frames, case)
 
 
-def test_the_encoder_is_at_rest_when_the_still_picture_is_cut_short(networks, facts):
+def test_the_encoder_is_at_rest_when_the_still_picture_is_cut_short(networks):
     _, vae = networks
-    still = facts[1]["ref_pixels"][None, :, None, :, :64]
-    shown = torch.rand(1, 3, 6, 64, 64, generator=torch.Generator().manual_seed(0))
+    video = torch.rand(1, 3, 7, 64, 64, generator=torch.Generator().manual_seed(0))
+    still, shown = video[:, :, :1], video[:, :, 1:]
     short = latents_after_still(vae, still, 1 + 4 * 33 + 2, shown)
     whole = vae.encode(torch.cat([still.expand(-1, -1, 1 + 4 * 33 + 2, -1, -1), shown], 2))
     torch.testing.assert_close(short, whole, rtol=0, atol=1e-6)
@@ -195,25 +195,21 @@ def test_the_latents_of_a_still_picture_come_to_rest(networks, facts, golden):
 # What holds for every session.
 
 
+CONTEXT = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
 SMALL = Options(width=64, height=64, clip_blocks=2, ring_blocks=2, motion_frames=25, prime_latents=3)
 
 
 @pytest.fixture(scope="module")
-def speech(golden):
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
-
-    torch.manual_seed(0)
-    config = Wav2Vec2Config(
-        hidden_size=32, num_hidden_layers=24, num_attention_heads=2, intermediate_size=32, conv_dim=(16,) * 7,
-        do_stable_layer_norm=True, feat_extract_norm="layer", num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4, mask_time_prob=0.0,
-    )  # fmt: skip
-    return SpeechStream(Wav2Vec2Model(config).eval().requires_grad_(False), past_samples=BLOCK, lookahead_samples=1_280)
+def speech(checkpoint):
+    model, _ = load_speech_encoder(
+        checkpoint / "Wan2.2-S2V-14B" / "wav2vec2-large-xlsr-53-english", dtype=torch.float32
+    )
+    return SpeechStream(model, past_samples=BLOCK, lookahead_samples=1_280)
 
 
 @pytest.fixture(scope="module")
-def small(networks, speech, facts):
-    return LiveAvatar(*networks, speech, GivenPrompt(facts[1]["context"]), SMALL)
+def small(networks, speech):
+    return LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -280,8 +276,8 @@ def test_a_session_can_be_rolled_back_across_a_clip_border(small, picture):
         {"width": 128, "motion_frames": 73},
     ],
 )
-def test_planned_bytes_are_allocated_bytes_and_stay_so(networks, speech, facts, picture, changes):
-    model = LiveAvatar(*networks, speech, GivenPrompt(facts[1]["context"]), replace(SMALL, **changes))
+def test_planned_bytes_are_allocated_bytes_and_stay_so(networks, speech, picture, changes):
+    model = LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), replace(SMALL, **changes))
     state = model.start(Reference(picture))
     planned = sum(part.session_bytes for part in model.parts())
     frames_of(model, state, range(4))
@@ -360,9 +356,9 @@ def test_a_setting_that_does_not_work_is_named(settings, says):
         Options.from_settings(settings)
 
 
-def test_a_fixed_reference_distance_draws_nothing(networks, speech, facts, picture):
+def test_a_fixed_reference_distance_draws_nothing(networks, speech, picture):
     options = replace(SMALL, reference_distance=ReferenceDistance.fixed(10))
-    model = LiveAvatar(*networks, speech, GivenPrompt(facts[1]["context"]), options)
+    model = LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), options)
     state = model.start(Reference(picture))
     before = state.distances.get_state()
     frames_of(model, state, range(2))

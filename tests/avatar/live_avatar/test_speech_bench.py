@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from published import speech_like
 
 from avatar.live_avatar.speech_bench import BLOCK, distance, main, streamed, whole
 from avatar.live_avatar.weights import load_speech_encoder
@@ -17,8 +18,8 @@ def folder(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def sound(golden):
-    return golden.tensors("audio_cases.safetensors")["waveform"].numpy()[: 10 * BLOCK]
+def sound():
+    return speech_like(10 * BLOCK)
 
 
 def test_skipping_to_the_measured_blocks_changes_nothing(folder, sound):

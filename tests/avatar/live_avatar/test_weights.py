@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,16 @@ from published import save_shards
 from safetensors.torch import save_file
 from torch import nn
 
-from avatar.live_avatar.weights import Lora, WeightsError, fill, find_files, load_vae, open_checkpoint, random_weights
+from avatar.live_avatar.weights import (
+    Checkpoint,
+    Lora,
+    WeightsError,
+    fill,
+    find_files,
+    load_vae,
+    open_checkpoint,
+    random_weights,
+)
 
 
 def tiny() -> nn.Module:
@@ -196,6 +207,27 @@ def test_a_lora_merges_as_in_the_reference_however_its_keys_are_spelt(
     wanted = base | golden.tensors(f"{name}_merged.safetensors")
     for key, tensor in base.items():
         torch.testing.assert_close(lora(key, tensor), wanted[key], rtol=0, atol=1e-6)
+
+
+class Shapes(Checkpoint):
+    """A checkpoint of which only the header is there."""
+
+    def __init__(self, shapes):
+        self.path, self.shapes = Path("shapes"), shapes
+
+
+def test_the_released_lora_fits_the_full_size_network(golden):
+    """896 tensors of rank 128 on 448 layers, 676,331,520 numbers, is what is said of the released file."""
+    base = {key: tuple(shape) for key, shape in golden.json("manifest_dit_14b.json").items()}
+    shapes = {}
+    for key, shape in base.items():
+        layer = key.removesuffix(".weight")
+        if key.startswith(("blocks.", "audio_injector.")) and re.search(r"\.([qkvo]|ffn\.[02])\.weight$", key):
+            shapes[f"base_model.model.{layer}.lora_A.default.weight"] = (128, shape[1])
+            shapes[f"base_model.model.{layer}.lora_B.default.weight"] = (shape[0], 128)
+    assert len(shapes) == 896
+    assert sum(math.prod(shape) for shape in shapes.values()) == 676_331_520
+    Lora(Shapes(shapes)).check(base)
 
 
 def test_a_lora_is_merged_in_float32_with_one_rounding(tmp_path):
