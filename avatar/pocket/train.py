@@ -19,8 +19,10 @@ import json
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +31,23 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from avatar.attention import attention, rotate_pairs
+from avatar.live_avatar.audio_encoder import AudioTokens
+from avatar.live_avatar.dit import CausalDiT
 from avatar.pocket import ear as hearing
 from avatar.pocket.ear import MEL_PER_FRAME, Ear, EarConfig
 from avatar.pocket.meter import MOVES, Meter, truth
 from avatar.pocket.motion import sample_drive, speech_energy
-from avatar.pocket.muon import Muon
-from avatar.pocket.vae import PocketVae
+from avatar.pocket.muon import Muon, is_matrix
+from avatar.pocket.network import (
+    FRAMES_PER_LATENT,
+    LATENTS_PER_BLOCK,
+    REFERENCE_DISTANCE,
+    RING_BLOCKS,
+    build_dit,
+    conditions,
+)
+from avatar.pocket.vae import PocketVae, VaeConfig
 from avatar.pocket.world import (
     SIZE,
     Motion,
@@ -46,6 +59,7 @@ from avatar.pocket.world import (
     reference_motion,
     sample_person,
 )
+from avatar.sampling import TRAIN_TIMESTEPS, reference_position
 
 log = logging.getLogger("avatar.pocket.train")
 
@@ -207,21 +221,21 @@ class Run:
     """One stage's clock, log, checkpoint and divergence guard.
 
     `modules` are trained; a checkpoint holds their weights, their slow copies, the optimiser's momenta and the seconds
-    spent. When the loss stops being finite or grows past 2.5 times its best, the last good weights are put back and the
-    rate is halved.
+    spent. When the loss stops being finite or grows past 2.5 times its best, weights of some hundred steps ago are put
+    back and the rate is halved; after five times the run ends, since it will not get better.
     """
 
-    def __init__(
-        self, name: str, out: Path, seconds: float, modules: dict[str, nn.Module], optimiser: Muon, decay: float
-    ) -> None:
-        self.name, self.out, self.seconds, self.modules, self.optimiser = name, out, seconds, modules, optimiser
+    def __init__(self, name: str, shop: Workshop, modules: dict[str, nn.Module], optimiser: Muon, decay: float) -> None:
+        self.name, self.out, self.seconds = name, shop.out, shop.seconds
+        self.modules, self.optimiser = modules, optimiser
         self.emas = {k: Ema(m, decay) for k, m in modules.items()}
         self.spent, self.step, self.rate = 0.0, 0, 1.0
+        self.stop_at = shop.stop_at
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.good: dict[str, dict[str, Tensor]] | None = None
-        self.best, self.smooth = math.inf, 0.0
-        self.path = out / f"{name}.checkpoint.safetensors"
+        self.good: deque[dict[str, dict[str, Tensor]]] = deque(maxlen=6)
+        self.best, self.smooth, self.falls = math.inf, 0.0, 0
+        self.path = self.out / f"{name}.checkpoint.safetensors"
         self._resume()
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -258,6 +272,8 @@ class Run:
         part.replace(self.path)
         facts = {"spent": self.spent, "step": self.step, "rate": self.rate}
         self.path.with_suffix(".json").write_text(json.dumps(facts))
+        for key in self.modules:
+            store(self.emas[key].slow, self.out / f"{key}.safetensors")
 
     def steps(self, warm_up: int, decay_from: float) -> Iterator[float]:
         """Yield the fraction of the time spent, with the learning rate set, until the budget is spent."""
@@ -281,6 +297,9 @@ class Run:
             if now - last_save > SAVE_EVERY_S:
                 last_save = now
                 self.save()
+            if now > self.stop_at:
+                self.save()
+                raise SystemExit(f"{self.name}: {self.spent:.0f} s of {self.seconds:.0f} s spent; run again to go on")
         self.save()
 
     def update(self, total: Tensor, /, clip: float = 1.0, **figures: Tensor) -> None:
@@ -296,37 +315,37 @@ class Run:
             self.sums[key] = self.sums.get(key, 0.0) + value.detach()
             self.counts[key] = self.counts.get(key, 0) + 1
 
-    def guard(self, loss: Tensor) -> None:
-        """Call now and then with a comparable loss: keeps good weights, puts them back after a divergence."""
-        value = float(loss.detach())
+    def guard(self, total: Tensor) -> None:
+        """Call every 50 steps with a comparable loss, after `update`: goes back after a divergence."""
+        value = float(total.detach())
         self.smooth = value if not self.smooth else 0.7 * self.smooth + 0.3 * value
-        if not math.isfinite(value) or (self.step > 300 and self.smooth > 2.5 * self.best):
-            log.warning("%s: diverged at step %d (loss %.3g); going back, rate halved", self.name, self.step, value)
-            if self.good is None:
-                raise RuntimeError(f"{self.name}: diverged before anything good was kept")
-            for key, module in self.modules.items():
-                module.load_state_dict(self.good[key])
-            self.optimiser.forget()
-            self.rate *= 0.5
-            self.smooth, self.best = 0.0, math.inf
-        else:
+        if math.isfinite(value) and (self.step < 300 or self.smooth < 2.5 * self.best):
             self.best = min(self.best, self.smooth)
-            self.good = {k: {n: v.detach().clone() for n, v in m.state_dict().items()} for k, m in self.modules.items()}
+            self.good.append({k: {n: v.clone() for n, v in m.state_dict().items()} for k, m in self.modules.items()})
+            return
+        self.falls += 1
+        log.warning("%s: diverged at step %d (loss %.3g); going back, rate halved", self.name, self.step, value)
+        if self.falls == 5 or not self.good:
+            raise RuntimeError(f"{self.name}: diverged {self.falls} times")
+        for key, module in self.modules.items():
+            module.load_state_dict(self.good[0][key])
+        self.optimiser.forget()
+        self.rate *= 0.5
+        self.smooth = 0.0
 
     def finish(self) -> None:
-        """Put the slow weights in place and write them as the stage's result, in bf16."""
+        """Put the slow weights in place; `save` has written them as the stage's result."""
         for key, module in self.modules.items():
             own = module.state_dict()
             module.load_state_dict({n: self.emas[key].slow[n].to(v) for n, v in own.items()})
             module.eval()
-            store(module, self.out / f"{key}.safetensors")
 
 
-def store(module: nn.Module, path: Path) -> None:
+def store(weights: dict[str, Tensor], path: Path) -> None:
     """Weights as they are shipped: bf16, safetensors."""
     tensors = {
         k: v.detach().to("cpu", torch.bfloat16 if v.is_floating_point() else v.dtype).contiguous()
-        for k, v in module.state_dict().items()
+        for k, v in weights.items()
     }
     save_file(tensors, path)
 
@@ -371,6 +390,8 @@ class Workshop:
     out: Path
     seconds: float
     where: torch.device
+    stop_at: float = math.inf
+    """On time.monotonic(): save and leave the stage for another run."""
 
     def rng(self, seed: int) -> torch.Generator:
         return torch.Generator(device=self.where).manual_seed(seed)
@@ -394,10 +415,17 @@ def train_vae(shop: Workshop, batch: int = 10, frames: int = 12) -> None:
     g = shop.rng(1)
     speech = shop.speech()
     vae = PocketVae().to(shop.where).to(memory_format=torch.channels_last)
-    run = Run("vae", shop.out, shop.seconds, {"vae": vae}, Muon(vae.parameters(), lr=0.015, adam_lr=2e-3), 0.998)
+    run = Run(
+        "vae",
+        shop,
+        {"vae": vae},
+        Muon(vae.parameters(), lr=0.01, adam_lr=1e-3, weight_decay=0.1),
+        0.998,
+    )
     paint = Painter(batch * frames, shop.where)
     feed = in_batches(lambda: make_clips(speech, batch * 24, frames, g), batch)
-    encode, decode = shop.compiled(vae.encoder), shop.compiled(vae.decoder)
+    # not compiled: torch 2.11's compiled backward of this network gave gradients ten thousand times too large
+    encode, decode = vae.encoder, vae.decoder
     for _ in run.steps(warm_up=300, decay_from=0.4):
         with torch.no_grad():
             clips = next(feed)
@@ -414,9 +442,9 @@ def train_vae(shop: Workshop, batch: int = 10, frames: int = 12) -> None:
             kl = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).mean()
             loss, error = picture_loss(made, wanted, weight)
         total = loss + 2e-5 * kl
+        run.update(total, psnr=psnr(error.detach()), loss=loss, kl=kl)
         if run.step % 50 == 0:
             run.guard(total)
-        run.update(total, psnr=psnr(error.detach()), loss=loss, kl=kl)
     run.finish()
     with torch.no_grad(), shop.half():
         means, whole, face = [], [], []
@@ -432,7 +460,7 @@ def train_vae(shop: Workshop, batch: int = 10, frames: int = 12) -> None:
         flat = torch.cat(means)
         vae.mean.copy_(flat.mean(0)[:, None, None])
         vae.std.copy_(flat.std(0)[:, None, None])
-    store(vae, shop.out / "vae.safetensors")
+    store(vae.state_dict(), shop.out / "vae.safetensors")
     log.info(
         "vae: PSNR of unseen presenters %.2f dB, mouth and eyes %.2f dB",
         torch.cat(whole).mean(),
@@ -440,17 +468,17 @@ def train_vae(shop: Workshop, batch: int = 10, frames: int = 12) -> None:
     )
 
 
-def train_ear(shop: Workshop, batch: int = 256, frames: int = 24) -> None:
+def train_ear(shop: Workshop, batch: int = 384, frames: int = 24) -> None:
     torch.manual_seed(2)
     g = shop.rng(2)
     speech = shop.speech()
     ear = Ear().to(shop.where)
-    run = Run("ear", shop.out, shop.seconds, {"ear": ear}, Muon(ear.parameters(), lr=0.01, adam_lr=1e-3), 0.998)
-    hear = shop.compiled(ear)
+    run = Run("ear", shop, {"ear": ear}, Muon(ear.parameters(), lr=0.01, adam_lr=1e-3), 0.998)
     for _ in run.steps(warm_up=100, decay_from=0.3):
         mel, mouth = speech.sample(batch, frames, ear.config, g)
         with shop.half():
-            _, guess = hear(hearing.normalise(disturb(mel, g)))
+            clear = torch.rand(batch, 1, 1, generator=g, device=shop.where) < 0.25
+            _, guess = ear(hearing.normalise(torch.where(clear, mel, disturb(mel, g))))
         loss = (guess.float() - mouth).square().mean()
         run.update(loss, loss=loss)
     run.finish()
@@ -474,21 +502,19 @@ def train_meter(shop: Workshop, batch: int = 192) -> None:
     meter = Meter(values.shape[1]).to(shop.where).to(memory_format=torch.channels_last)
     meter.mean.copy_(values.mean(0))
     meter.std.copy_(values.std(0) + 1e-6)
-    run = Run("meter", shop.out, shop.seconds, {"meter": meter}, Muon(meter.parameters(), lr=0.02, adam_lr=1e-3), 0.995)
-    read = shop.compiled(meter)
+    run = Run("meter", shop, {"meter": meter}, Muon(meter.parameters(), lr=0.02, adam_lr=1e-3), 0.995)
     importance = torch.ones(values.shape[1], device=shop.where)
     importance[: len(MOVES)] = 4.0
     importance[0] = 12.0
-    encode, decode = shop.compiled(vae.encode), shop.compiled(vae.decode)
 
     def pictures(clips: Clips, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """Drawn pictures, seven in ten through the autoencoder with disturbed latents, and what is in them."""
         drawn = paint(clips)
         with shop.half():
-            latents = encode(drawn * 2 - 1)
+            latents = vae.encode(drawn * 2 - 1)
             noise = torch.randn(latents.shape, generator=g, device=shop.where)
             amount = 0.25 * torch.rand(len(drawn), 1, 1, 1, 1, generator=g, device=shop.where)
-            seen = ((decode(latents + amount * noise).float() + 1) / 2).clamp(0, 1)
+            seen = ((vae.decode(latents + amount * noise).float() + 1) / 2).clamp(0, 1)
         plain = torch.rand(len(drawn), 1, 1, 1, 1, generator=g, device=shop.where) < 0.3
         frames = torch.where(plain, drawn, seen).flatten(0, 1)
         return frames, truth(*as_frames(clips.person, clips.motion))
@@ -497,7 +523,7 @@ def train_meter(shop: Workshop, batch: int = 192) -> None:
         with torch.no_grad():
             frames, values = pictures(next(feed), g)
         with shop.half():
-            readings = read(frames)
+            readings = meter(frames)
         wrong = (readings.float() - (values - meter.mean) / meter.std).square().clamp_max(25.0)
         loss = (wrong * importance).mean()
         run.update(loss, clip=10.0, loss=loss)
@@ -558,7 +584,233 @@ def _as_bytes(pictures: Tensor) -> Tensor:
     return (pictures * 255).round() / 255
 
 
-STAGES: dict[str, Callable[[Workshop], None]] = {"vae": train_vae, "ear": train_ear, "meter": train_meter}
+def sequence_velocity(
+    dit: CausalDiT, x: Tensor, level: Tensor, reference: Tensor, heard: Tensor, pose: Tensor, ropes: tuple[Tensor, ...]
+) -> Tensor:
+    """The velocity of whole sequences at once: every block sees what its ring would hold when streaming, at its level.
+
+    Args:
+        x: [B, c, F, h, w]; level: [B] in 0..1; reference: [B, c, 1, h, w]; heard, pose: from `conditions`.
+        ropes: from `sequence_ropes`.
+    Returns: [B, c, F, h, w]; equal to `CausalDiT.step` block by block.
+    """
+    own, moved = ropes
+    batch, _, frames, h, w = x.shape
+    tokens_per_frame = h * w // 4
+    blocks, span = frames // LATENTS_PER_BLOCK, LATENTS_PER_BLOCK * tokens_per_frame
+    conditioning = dit.prefill(reference, None, [])
+    by_block = heard.unflatten(-1, (blocks, -1)).movedim(3, 1).flatten(0, 1)
+    audio = AudioTokens(*(t.unflatten(0, (batch, blocks)).flatten(1, 2) for t in dit.encode_audio(by_block)))
+    e, e0 = dit.modulation(level * TRAIN_TIMESTEPS)
+    x = dit.embed(x, pose)
+    seen = torch.ones(blocks, RING_BLOCKS * span + tokens_per_frame, dtype=torch.bool, device=x.device)
+    for i in range(min(RING_BLOCKS - 1, blocks)):
+        seen[i, : (RING_BLOCKS - 1 - i) * span] = False
+    mask = seen[None, :, None, None].expand(batch, -1, -1, span, -1).flatten(0, 1)
+
+    def windows(t: Tensor) -> Tensor:
+        """[B, N, heads, dim] to the last RING_BLOCKS blocks of each block, [B, blocks, RING_BLOCKS * span, ...]."""
+        t = F.pad(t.unflatten(1, (blocks, span)), (0, 0, 0, 0, 0, 0, RING_BLOCKS - 1, 0))
+        return torch.cat([t[:, i : i + blocks] for i in range(RING_BLOCKS)], dim=2)
+
+    for i, block in enumerate(dit.blocks):
+        m = block.modulate(e0)
+        q, k, v = block.qkv(x, m)
+        q, k = rotate_pairs(q, own), rotate_pairs(k, own)
+        ref_k = rotate_pairs(conditioning.keys[i].repeat(1, blocks, 1, 1), moved).unflatten(1, (blocks, -1))
+        ref_v = conditioning.values[i][:, None].expand(-1, blocks, -1, -1, -1)
+        keys = torch.cat([windows(k), ref_k], dim=2).flatten(0, 1)
+        values = torch.cat([windows(v), ref_v], dim=2).flatten(0, 1)
+        attended = attention(q.unflatten(1, (blocks, span)).flatten(0, 1), keys, values, mask)
+        x = block.finish(x, attended.unflatten(0, (batch, blocks)).flatten(1, 2), m)
+        if (j := dit.injector_of_block.get(i)) is not None:
+            x = dit.inject(j, x, audio)
+    return dit.head(x, e, h // 2, w // 2)
+
+
+def sequence_ropes(dit: CausalDiT, frames: int, side: int, where: torch.device) -> tuple[Tensor, Tensor]:
+    """Rotations of a sequence's own tokens and of its reference as each block sees it."""
+    cells = side // 2
+    own = dit.block_rope(0, frames, cells, cells, where)
+    distance = REFERENCE_DISTANCE.low
+    at = [reference_position(f0, distance) for f0 in range(0, frames, LATENTS_PER_BLOCK)]
+    return own, torch.cat([dit.block_rope(p, 1, cells, cells, where) for p in at])
+
+
+class Sequences:
+    """The transformer over whole sequences, with what it is conditioned on prepared once for a batch."""
+
+    def __init__(self, shop: Workshop, dit: CausalDiT, ear: Ear, latents: int, compiled: bool) -> None:
+        self.dit, self.ear, self.shop = dit, ear, shop
+        self.side = SIZE // VaeConfig.pixels_per_latent
+        self.ropes = sequence_ropes(dit, latents, self.side, shop.where)
+        self.velocity = shop.compiled(sequence_velocity) if compiled else sequence_velocity
+        self.given: tuple[Tensor, ...] = ()
+
+    def condition(self, mel: Tensor, drive: Tensor, reference: Tensor) -> None:
+        """Normalised, disturbed mel; drive in picture units; reference latents [B, 1, c, h, w]."""
+        with torch.no_grad(), self.shop.half():
+            features, mouth = self.ear(mel)
+        heard, pose = conditions(features.float(), mouth.float(), drive, self.side)
+        self.given = (reference.transpose(1, 2), heard, pose.contiguous())
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        with self.shop.half():
+            return self.velocity(self.dit, x, level, *self.given, self.ropes).float()
+
+    @torch.no_grad()
+    def roll(self, noise: Tensor, levels: list[float]) -> Tensor:
+        """Euler steps from pure noise at levels[0] down to levels[-1]."""
+        x = noise
+        for high, low in pairwise(levels):
+            x = x + (low - high) * self(x, torch.full((len(x),), high, device=x.device))
+        return x
+
+
+def same_gradient(sequences: Sequences, x: Tensor, level: Tensor) -> float:
+    """Relative difference of the compiled network's gradient from the plain one's: a compiler is trusted when seen."""
+    found = []
+    for velocity in (sequences.velocity, sequence_velocity):
+        with sequences.shop.half():
+            made = velocity(sequences.dit, x, level, *sequences.given, sequences.ropes).float()
+        (made - x).square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in sequences.dit.parameters() if p.grad is not None]))
+        sequences.dit.zero_grad(set_to_none=True)
+    return float((found[0] - found[1]).norm() / found[1].norm())
+
+
+PATHS = {4: [1.0, 0.9, 0.75, 0.5], 2: [1.0, 0.75]}
+"""Noise levels of the numbers of steps that are trained."""
+
+
+def recall_dit(shop: Workshop, name: str = "dit") -> CausalDiT:
+    dit = build_dit()
+    recall(dit, shop.out / f"{name}.safetensors")
+    return dit.to(shop.where)
+
+
+def train_dit(shop: Workshop, batch: int = 64, latents: int = 24, pool_size: int = 2048, first: int = 512) -> None:
+    torch.manual_seed(11)
+    g = shop.rng(11)
+    dit = build_dit()
+    dit.initialize()
+    dit = dit.to(shop.where)
+    if (shop.out / "dit.safetensors").exists():
+        log.info("dit: starts from the weights of an earlier run")
+        recall(dit, shop.out / "dit.safetensors")
+        dit.train()
+    ear = recall(Ear(), shop.out / "ear.safetensors").to(shop.where).requires_grad_(False)
+    ends = {id(p) for m in (dit.patch_embedding, dit.cond_encoder, dit.head) for p in m.parameters()}
+    optimiser = Muon(
+        dit.parameters(),
+        lr=0.02,
+        adam_lr=1.2e-3,
+        weight_decay=0.05,
+        matrix=lambda p: is_matrix(p) and id(p) not in ends,
+    )
+    run = Run("dit", shop, {"dit": dit}, optimiser, 0.9985)
+    pool = Pool(shop, pool_size, latents, 111)
+    while pool.made < first:
+        pool.add(32)
+    log.info("dit: %d clips ready, %.2f M parameters", pool.made, sum(p.numel() for p in dit.parameters()) / 1e6)
+    sequences = Sequences(shop, dit, ear, latents, compiled=True)
+    levels = torch.tensor(PATHS[4], device=shop.where)
+    shares = torch.tensor([0.3, 0.15, 0.35, 0.2], device=shop.where)
+    borders = torch.ones(latents - 1, device=shop.where)
+    borders[LATENTS_PER_BLOCK - 1 :: LATENTS_PER_BLOCK] = 3.0
+    checked = False
+    for done in run.steps(warm_up=200, decay_from=0.35):
+        if run.step % 6 == 0:
+            pool.add(16)
+        clips = pool.sample(batch)
+        clean = clips["latents"].transpose(1, 2)
+        sequences.condition(clips["mel"], clips["drive"], clips["reference"])
+        noise = torch.randn(clean.shape, generator=g, device=shop.where)
+        if not checked:
+            checked = True
+            wrong = same_gradient(sequences, 0.5 * clean + 0.5 * noise, torch.full((batch,), 0.5, device=shop.where))
+            log.info("dit: compiled gradient differs from the plain one by %.2g", wrong)
+            if not wrong < 0.05:
+                log.warning("dit: goes on uncompiled")
+                sequences.velocity = sequence_velocity
+        own = done > 0.3 and float(torch.rand((), generator=g, device=shop.where)) < 0.5
+        if own:
+            # what the network itself makes of noise; it must lead from there to the truth
+            steps = 2 if float(torch.rand((), generator=g, device=shop.where)) < 0.6 else 4
+            stop = int(torch.randint(1, steps, (), generator=g, device=shop.where))
+            path = PATHS[steps][: stop + 1]
+            level = torch.full((batch,), path[-1], device=shop.where)
+            x = sequences.roll(noise, path)
+        else:
+            level = levels[torch.multinomial(shares, batch, replacement=True, generator=g)]
+            s = level[:, None, None, None, None]
+            x = (1 - s) * clean + s * noise
+        s = level[:, None, None, None, None]
+        made = x - s * sequences(x, level)
+        weight = clips["weight"].transpose(1, 2)
+        # the error of the velocity is the error of the clean latents over the level
+        each = ((made - clean).square() * weight / s**2).mean((1, 2, 3, 4))
+        moves = (made - clean)[:, :, 1:] - (made - clean)[:, :, :-1]
+        jumps = (moves.square() * weight[:, :, 1:] * borders[:, None, None]).mean()
+        loss = each.mean() + 0.5 * jumps
+        figures = {f"{'own' if own else 'given'}": each.mean(), "jumps": jumps}
+        run.update(loss, **figures)
+        if run.step % 50 == 0 and not own:
+            run.guard(loss)
+    run.finish()
+    log.info("dit: %d clips seen", pool.made)
+
+
+def train_polish(shop: Workshop, batch: int = 6, latents: int = 12) -> None:
+    """The last Euler step and the decoder, together, against drawn pixels; the steps before it run without gradient."""
+    torch.manual_seed(21)
+    g = shop.rng(21)
+    speech = shop.speech()
+    dit = recall_dit(shop).train()
+    vae = shop.vae()
+    vae.decoder.requires_grad_(True)
+    ear = recall(Ear(), shop.out / "ear.safetensors").to(shop.where).requires_grad_(False)
+    trained = [*dit.parameters(), *vae.decoder.parameters()]
+    modules = {"dit_polished": dit, "vae_polished": vae}
+    run = Run("polish", shop, modules, Muon(trained, lr=0.002, adam_lr=1.5e-4), 0.998)
+    frames = latents * FRAMES_PER_LATENT
+    paint = Painter(batch * frames, shop.where)
+    feed = in_batches(lambda: make_clips(speech, batch * 8, frames, g), batch)
+    sequences = Sequences(shop, dit, ear, latents, compiled=False)
+    for _ in run.steps(warm_up=100, decay_from=0.3):
+        with torch.no_grad():
+            clips = next(feed)
+            wanted = paint(clips) * 2 - 1
+            weight = weights_of(clips, 64)
+            still = _as_bytes(references(clips, g)) * 2 - 1
+            with shop.half():
+                reference = vae.encode(still[:, None].expand(-1, FRAMES_PER_LATENT, -1, -1, -1)).float()
+                clean = vae.encode(wanted).float().transpose(1, 2)
+            sequences.condition(hearing.normalise(disturb(clips.mel, g)), clips.drive, reference)
+            noise = torch.randn(clean.shape, generator=g, device=shop.where)
+            path = PATHS[2 if float(torch.rand((), generator=g, device=shop.where)) < 0.7 else 4]
+            x = sequences.roll(noise, path)
+        made = x - path[-1] * sequences(x, torch.full((batch,), path[-1], device=shop.where))
+        with shop.half():
+            pictures = vae.decode(made.transpose(1, 2)).float()
+        # the first latent has no past here, and always has one when streaming
+        seen = slice(FRAMES_PER_LATENT, None)
+        loss, error = picture_loss(pictures[:, seen], wanted[:, seen], weight[:, seen])
+        drift = (made - clean).square().mean()
+        total = loss + 0.05 * drift
+        run.update(total, loss=loss, drift=drift, psnr=psnr(error.detach()))
+        if run.step % 50 == 0:
+            run.guard(total)
+    run.finish()
+
+
+STAGES: dict[str, Callable[[Workshop], None]] = {
+    "vae": train_vae,
+    "ear": train_ear,
+    "meter": train_meter,
+    "dit": train_dit,
+    "polish": train_polish,
+}
 
 
 def main() -> None:
@@ -567,7 +819,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results")
     parser.add_argument("--stage", choices=list(STAGES), action="append", required=True)
     parser.add_argument("--seconds", type=float, action="append", required=True, help="budget, one for each --stage")
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds; then save and exit")
     given = parser.parse_args()
+    stop_at = time.monotonic() + given.stop_after
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms %(message)s")
     given.out.mkdir(parents=True, exist_ok=True)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -576,7 +830,7 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     for stage, seconds in zip(given.stage, given.seconds, strict=True):
-        STAGES[stage](Workshop(given.data, given.out, seconds, where))
+        STAGES[stage](Workshop(given.data, given.out, seconds, where, stop_at))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ class Encoder(nn.Module):
         x = self.middle_time(self.middle(x), steps // 2)
         x = self.pair2(_channels_last(self.down2(x).unflatten(0, (-1, 2)).flatten(1, 2)))
         x = self.coarse2(self.coarse_time(self.coarse1(x), steps // 4))
-        x = self.conv_out(F.silu(self.norm(x))) + self.skip(x)
+        x = self.norm(x)  # both ways out start here: a way around the norm lets the latents grow without bound
+        x = self.conv_out(F.silu(x)) + self.skip(x)
         mean, log_variance = x.unflatten(0, (batch, steps // 4)).chunk(2, dim=2)
         return mean, log_variance.clamp(-12, 4)
 
@@ -160,7 +161,8 @@ class Decoder(nn.Module):
         x = self.grow2(x)
         for space in self.fine:
             x = space(x)
-        x = self.conv_out(F.silu(self.norm(x))) + self.skip(x)
+        x = self.norm(x)
+        x = self.conv_out(F.silu(x)) + self.skip(x)
         return F.pixel_shuffle(x, self.fold).unflatten(0, (batch, 4 * steps))
 
 
