@@ -271,7 +271,7 @@ def test_a_jump_between_blocks_is_found_in_the_frames(perfect: Measured):
 @needs_weights
 def test_the_presenter_is_told_from_255_others(perfect: Measured):
     figures = {figure.name: figure for figure in evaluate.identity([perfect], load_meter().std, 12)}
-    assert figures["nearest of 256 is right, % of blocks"].value > 80
+    assert figures["nearest of 256, % right"].value > 80
 
 
 @needs_weights
