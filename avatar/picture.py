@@ -66,7 +66,8 @@ def read_picture(
                 except Exception as error:  # as above
                     reason = " ".join(str(error).split())
                     raise PictureError(
-                        f"{path}: the picture ({image.format}) is damaged or cut off ({reason}); copy or export it again"
+                        f"{path}: the picture ({image.format}) is damaged or cut off ({reason}); "
+                        "copy or export it again"
                     ) from error
 
 
