@@ -1,7 +1,9 @@
 # make demo   set everything up and make the bundled presenter speak; prints the path of the video
 # make test   set everything up, lint, and run the tests
+# make lint   ruff and mypy
 # PYTHON=python3.12 chooses another interpreter; VENV=DIR another place for the environment.
-PYTHON ?= python3.11
+# Without PYTHON: python3.11, or the machine's python3 where that is newer.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
@@ -24,7 +26,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 $(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install it (apt-get install python3.11 python3.11-venv), or say PYTHON=python3.12"; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or say PYTHON=/path/to/python3"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11: say PYTHON=python3.12, or another newer one"; exit 2; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: apt-get install python3-venv"; exit 2; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
