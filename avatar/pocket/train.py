@@ -239,7 +239,7 @@ class Run:
         self._resume()
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for key, module in self.modules.items():
             found |= {f"now/{key}/{n}": v.float() for n, v in module.state_dict().items()}
             found |= {f"slow/{key}/{n}": v for n, v in self.emas[key].slow.items()}
@@ -502,10 +502,13 @@ def train_meter(shop: Workshop, batch: int = 192) -> None:
     meter = Meter(values.shape[1]).to(shop.where).to(memory_format=torch.channels_last)
     meter.mean.copy_(values.mean(0))
     meter.std.copy_(values.std(0) + 1e-6)
+    if (shop.out / "meter.safetensors").exists():
+        log.info("meter: starts from the weights of an earlier run")
+        recall(meter, shop.out / "meter.safetensors").train()
     run = Run("meter", shop, {"meter": meter}, Muon(meter.parameters(), lr=0.02, adam_lr=1e-3), 0.995)
     importance = torch.ones(values.shape[1], device=shop.where)
     importance[: len(MOVES)] = 4.0
-    importance[0] = 12.0
+    importance[[0, 2]] = 12.0
 
     def pictures(clips: Clips, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """Drawn pictures, seven in ten through the autoencoder with disturbed latents, and what is in them."""
@@ -645,7 +648,7 @@ class Sequences:
         self.side = SIZE // VaeConfig.pixels_per_latent
         self.ropes = sequence_ropes(dit, latents, self.side, shop.where)
         self.velocity = shop.compiled(sequence_velocity) if compiled else sequence_velocity
-        self.given: tuple[Tensor, ...] = ()
+        self.given: tuple[Tensor, Tensor, Tensor]
 
     def condition(self, mel: Tensor, drive: Tensor, reference: Tensor) -> None:
         """Normalised, disturbed mel; drive in picture units; reference latents [B, 1, c, h, w]."""
@@ -679,7 +682,7 @@ def same_gradient(sequences: Sequences, x: Tensor, level: Tensor) -> float:
     return float((found[0] - found[1]).norm() / found[1].norm())
 
 
-PATHS = {4: [1.0, 0.9, 0.75, 0.5], 2: [1.0, 0.75]}
+PATHS = {4: [1.0, 0.9, 0.75, 0.5], 2: [1.0, 0.75], 1: [1.0]}
 """Noise levels of the numbers of steps that are trained."""
 
 
@@ -695,10 +698,10 @@ def train_dit(shop: Workshop, batch: int = 64, latents: int = 24, pool_size: int
     dit = build_dit()
     dit.initialize()
     dit = dit.to(shop.where)
-    if (shop.out / "dit.safetensors").exists():
+    further = (shop.out / "dit.safetensors").exists()
+    if further:
         log.info("dit: starts from the weights of an earlier run")
-        recall(dit, shop.out / "dit.safetensors")
-        dit.train()
+        recall(dit, shop.out / "dit.safetensors").train()
     ear = recall(Ear(), shop.out / "ear.safetensors").to(shop.where).requires_grad_(False)
     ends = {id(p) for m in (dit.patch_embedding, dit.cond_encoder, dit.head) for p in m.parameters()}
     optimiser = Muon(
@@ -719,7 +722,7 @@ def train_dit(shop: Workshop, batch: int = 64, latents: int = 24, pool_size: int
     borders = torch.ones(latents - 1, device=shop.where)
     borders[LATENTS_PER_BLOCK - 1 :: LATENTS_PER_BLOCK] = 3.0
     checked = False
-    for done in run.steps(warm_up=200, decay_from=0.35):
+    for done in run.steps(warm_up=200, decay_from=0.15 if further else 0.35):
         if run.step % 6 == 0:
             pool.add(16)
         clips = pool.sample(batch)
@@ -733,10 +736,10 @@ def train_dit(shop: Workshop, batch: int = 64, latents: int = 24, pool_size: int
             if not wrong < 0.05:
                 log.warning("dit: goes on uncompiled")
                 sequences.velocity = sequence_velocity
-        own = done > 0.3 and float(torch.rand((), generator=g, device=shop.where)) < 0.5
+        own = (further or done > 0.3) and float(torch.rand((), generator=g, device=shop.where)) < 0.5
         if own:
             # what the network itself makes of noise; it must lead from there to the truth
-            steps = 2 if float(torch.rand((), generator=g, device=shop.where)) < 0.6 else 4
+            steps = 2 if float(torch.rand((), generator=g, device=shop.where)) < 0.7 else 4
             stop = int(torch.randint(1, steps, (), generator=g, device=shop.where))
             path = PATHS[steps][: stop + 1]
             level = torch.full((batch,), path[-1], device=shop.where)
@@ -788,7 +791,8 @@ def train_polish(shop: Workshop, batch: int = 6, latents: int = 12) -> None:
                 clean = vae.encode(wanted).float().transpose(1, 2)
             sequences.condition(hearing.normalise(disturb(clips.mel, g)), clips.drive, reference)
             noise = torch.randn(clean.shape, generator=g, device=shop.where)
-            path = PATHS[2 if float(torch.rand((), generator=g, device=shop.where)) < 0.7 else 4]
+            draw_steps = float(torch.rand((), generator=g, device=shop.where))
+            path = PATHS[2 if draw_steps < 0.6 else 4 if draw_steps < 0.85 else 1]
             x = sequences.roll(noise, path)
         made = x - path[-1] * sequences(x, torch.full((batch,), path[-1], device=shop.where))
         with shop.half():
