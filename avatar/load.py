@@ -42,7 +42,7 @@ def load_model(
     family = model if folder is None else _family_of(folder)
     device = _device()
     if device.type == "cpu":
-        torch.set_num_threads(_threads())
+        torch.set_num_threads(thread_count())
     return FAMILIES[family](folder, size, steps, dict(options or {}), device)
 
 
@@ -113,7 +113,7 @@ def _device() -> torch.device:
     return found if found is not None else torch.empty(0).device
 
 
-def _threads() -> int:
+def thread_count() -> int:
     """Threads of one model: OMP_NUM_THREADS if it is set, else a core each, as far as they may be used."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() and int(given) > 0 else max(1, len(os.sched_getaffinity(0)))

@@ -252,11 +252,15 @@ class PocketModel:
             [],
             dit.prepare_audio(dit.encode_audio(heard)),
             f0,
-            REFERENCE_DISTANCE.positions(f0, self.options.steps, state.noise),
+            self.reference_positions(f0, state.noise),
             pose=pose,
         )
         state.block += 1
         return latents.transpose(1, 2)
+
+    def reference_positions(self, f0: int, generator: torch.Generator) -> list[int]:
+        """Where each step of the block at latent frame f0 sees the reference; `generator` stays as it is."""
+        return REFERENCE_DISTANCE.positions(f0, self.options.steps, generator)
 
     def decode(self, state: Session, latents: Tensor) -> Tensor:
         """Frames [1, 12, 3, 256, 256] in about -1..1; advances the decoder of `state`."""
@@ -270,7 +274,7 @@ def in_quiet_room(mel: Tensor) -> Tensor:
 
 def to_uint8(frames: Tensor) -> NDArray[np.uint8]:
     """[1, F, 3, H, W] in about -1..1 to uint8 [F, H, W, 3]."""
-    levels = frames[0].float().add_(1).mul_(127.5).round_().clamp_(0, 255)
+    levels = (frames[0].float() + 1).mul_(127.5).round_().clamp_(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
