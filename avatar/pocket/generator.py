@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from importlib import resources
@@ -56,6 +57,8 @@ QUIET_ROOM = -4.6
 
 PRIMING_BLOCKS = 2
 """Blocks of the still picture that the decoder sees first. Its temporal convolutions reach back five latent frames."""
+
+META = torch.device("meta")
 
 MOTION_SEED = 0x6D6F7469
 """Keeps the draws of the motion apart from those of the noise, which begin with the same seed."""
@@ -167,7 +170,7 @@ class PocketModel:
     def parts(self) -> list[Part]:
         """What there is to place, in bytes; works on the meta device. A session's bytes are those of a running one."""
         networks = self.networks
-        planned = PocketModel(build_networks(networks.dtype), self.options)
+        planned = PocketModel(build_networks(networks.dtype, META), self.options)
         latent = torch.empty(1, 1, *_latent_shape(), dtype=networks.dtype, device=planned.networks.device)
         with torch.no_grad():
             session = planned.begin(latent, seed=0)
@@ -290,9 +293,10 @@ def _bytes(module: nn.Module) -> int:
 # the ready model
 
 
-def build_networks(dtype: torch.dtype) -> Networks:
-    """The networks without weights (meta device)."""
-    with torch.device("meta"):
+def build_networks(dtype: torch.dtype, device: torch.device | None = None) -> Networks:
+    """The networks without weights to speak of; on the meta device they take no memory."""
+    # what modules draw when they are made must not move the caller's random numbers
+    with torch.random.fork_rng(devices=[]), device or nullcontext():
         networks = Networks(build_dit().to(dtype), PocketVae().to(dtype), Ear())
     for module in (networks.dit, networks.vae, networks.ear):
         module.eval().requires_grad_(False)
@@ -309,8 +313,13 @@ def load_networks(folder: Path, dtype: torch.dtype, device: torch.device | None 
 
     Raises: PocketError: a file is missing, damaged, or of another network.
     """
-    networks = build_networks(dtype)
-    for name, module in (("dit", networks.dit), ("vae", networks.vae), ("ear", networks.ear)):
+    # on the CPU: the first thing made on the meta device costs a process a second of imports
+    networks = build_networks(torch.float32)
+    for name, module, wanted in (
+        ("dit", networks.dit, dtype),
+        ("vae", networks.vae, dtype),
+        ("ear", networks.ear, torch.float32),
+    ):
         path = folder / f"{name}.safetensors"
         try:
             weights = load_file(path)
@@ -318,11 +327,8 @@ def load_networks(folder: Path, dtype: torch.dtype, device: torch.device | None 
             raise PocketError(
                 f"{path}: cannot be read ({error}); install the package or copy the file again"
             ) from error
-        own = module.state_dict()
-        typed = {key: value.to(device, own[key].dtype) for key, value in weights.items() if key in own}
+        typed = {key: value.to(device, wanted) for key, value in weights.items()}
         try:
-            if typed.keys() != weights.keys():
-                raise RuntimeError(f"unknown tensor {min(weights.keys() - typed.keys())}")
             module.load_state_dict(typed, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())

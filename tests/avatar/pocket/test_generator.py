@@ -18,6 +18,7 @@ from avatar.model import FrameBlock, Reference
 from avatar.pocket.generator import (
     FRAMES_PER_BLOCK,
     LATENT_SIDE,
+    META,
     Networks,
     Options,
     PocketError,
@@ -109,7 +110,7 @@ def test_planned_bytes_are_the_bytes_of_a_running_session(model, count):
 
 def test_a_plan_needs_no_weights(model):
     assert (
-        PocketModel(build_networks(torch.bfloat16), model.options).parts()
+        PocketModel(build_networks(torch.bfloat16, META), model.options).parts()
         == load_pocket(options=Options(precision=Precision.BF16)).parts()
     )
 
