@@ -361,7 +361,7 @@ class Measured:
     shots: list[Shot] = field(default_factory=list)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(model: AvatarModel, meter: Meter, task: Task, draw_every: int, on_block: Any = None) -> Measured:
     """Stream one presenter's session and measure it as it comes.
 

@@ -265,7 +265,7 @@ def test_a_jump_between_blocks_is_found_in_the_frames(perfect: Measured):
     std = load_meter().std
     smooth, jumping = (evaluate.seams([found], std, 12) for found in (perfect, measured(shift=0.02)))
     assert all(figure.value < 1.5 for figure in smooth)
-    assert all(figure.value > 2 for figure in jumping)
+    assert all(figure.value > 2 for figure in jumping if figure.goal)
 
 
 @needs_weights
