@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from avatar.live_avatar.weights import WeightsError, load_text_encoder
+from avatar.live_avatar.weights import WeightsError, fill, open_checkpoint
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -35,6 +35,17 @@ def clean_prompt(prompt: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
     return re.sub(r"\s+", " ", text).strip()
+
+
+def load_text_encoder(
+    path: Path, *, dtype: torch.dtype | None = torch.bfloat16, device: torch.device | str | None = None
+) -> UMT5EncoderModel:
+    """The umT5 encoder of `models_t5_umt5-xxl-enc-bf16.pth`; its sizes are read from the file."""
+    checkpoint = open_checkpoint(path)
+    model = build_text_encoder(checkpoint.shapes, path)
+    fill(model, checkpoint, rename=transformers_name, dtype=dtype, device=device, tied=TIED)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    return model
 
 
 class PromptEncoder:
@@ -87,8 +98,6 @@ class PromptEncoder:
 
     def weight_bytes(self) -> int:
         """Bytes of the encoder's weights as they are used."""
-        from avatar.live_avatar.weights import open_checkpoint
-
         shapes = open_checkpoint(self.weights).shapes
         return sum(torch.Size(shape).numel() for shape in shapes.values()) * self.dtype.itemsize
 

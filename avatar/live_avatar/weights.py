@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from audio.errors import AvatardError
 
 if TYPE_CHECKING:
-    from transformers import UMT5EncoderModel, Wav2Vec2Model
+    from transformers import Wav2Vec2Model
 
     from avatar.live_avatar.vae import WanVae
 
@@ -457,19 +457,6 @@ def load_vae(
     model = build_vae(width_of(checkpoint, "encoder.conv1.weight"))
     fill(model, checkpoint, rename=diffusers_name, dtype=dtype, device=device)
     return WanVae(model, bf16_constants=bf16_constants).to(device)
-
-
-def load_text_encoder(
-    path: Path, *, dtype: torch.dtype | None = torch.bfloat16, device: torch.device | str | None = None
-) -> UMT5EncoderModel:
-    """The umT5 encoder of `models_t5_umt5-xxl-enc-bf16.pth`; its sizes are read from the file."""
-    from avatar.live_avatar.text import TIED, build_text_encoder, transformers_name
-
-    checkpoint = open_checkpoint(path)
-    model = build_text_encoder(checkpoint.shapes, path)
-    fill(model, checkpoint, rename=transformers_name, dtype=dtype, device=device, tied=TIED)
-    model.encoder.embed_tokens.weight = model.shared.weight
-    return model
 
 
 def load_speech_encoder(

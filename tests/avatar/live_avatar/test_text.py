@@ -6,8 +6,15 @@ import pytest
 import torch
 from published import save_tokenizer
 
-from avatar.live_avatar.text import PromptEncoder, build_text_encoder, clean_prompt, encode_ids, transformers_name
-from avatar.live_avatar.weights import WeightsError, load_text_encoder, random_weights
+from avatar.live_avatar.text import (
+    PromptEncoder,
+    build_text_encoder,
+    clean_prompt,
+    encode_ids,
+    load_text_encoder,
+    transformers_name,
+)
+from avatar.live_avatar.weights import WeightsError, random_weights
 
 
 @pytest.fixture(scope="module")
