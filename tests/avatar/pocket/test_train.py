@@ -21,6 +21,8 @@ from avatar.pocket.world import SIZE, draw
 SIDE = 32
 """Of the pictures that are drawn here, pixels."""
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 A_STEP_S = 1e-6
 """A budget that the first step exceeds."""
 
