@@ -520,8 +520,7 @@ def lip_sync(all_found: Sequence[Measured]) -> list[Figure]:
         for found in all_found:
             spoken = slice(0, found.speech_frames)
             each.append(correlation(found.readings[spoken, column], found.truth[spoken, column]))
-            seen = ~found.drawn[spoken, column].isnan()
-            drawn.append(correlation(found.drawn[spoken, column][seen], found.truth[spoken, column][seen]))
+            drawn.append(correlation(*_known(found.drawn[spoken, column], found.truth[spoken, column])))
         value = mean(each)
         figures.append(
             Figure("lip sync", f"{name}, correlation", value, each, mean(drawn), f">= {least}", value >= least)
@@ -717,6 +716,12 @@ def liveliness(all_found: Sequence[Measured]) -> list[Figure]:
     return figures
 
 
+def _known(drawn: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, where a drawn frame was measured."""
+    found = ~drawn.isnan()
+    return drawn[found], wanted[found]
+
+
 def details(all_found: Sequence[Measured], std: Tensor, frames_per_block: int) -> dict[str, Any]:
     """What the table has no room for: lags, the course over time, each move, change by place in the block."""
     sixths: list[list[float]] = []
@@ -735,6 +740,9 @@ def details(all_found: Sequence[Measured], std: Tensor, frames_per_block: int) -
         pairs = [(f.readings[:, column], f.truth[:, column]) for f in all_found]
         moves[name] = {
             "correlation": mean([correlation(a, b) for a, b in pairs]),
+            "correlation_drawn": mean(
+                [correlation(*_known(f.drawn[:, column], b)) for f, (_, b) in zip(all_found, pairs)]
+            ),
             "sd_generated": mean([float(a.std()) for a, _ in pairs]),
             "sd_drawn": mean([float(b.std()) for _, b in pairs]),
         }
