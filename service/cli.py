@@ -12,6 +12,7 @@ BEGAN = time.monotonic()
 
 import importlib  # noqa: E402
 import json  # noqa: E402
+import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
@@ -178,9 +179,15 @@ ImageOption = Annotated[Path | None, typer.Option(help="Another picture than the
 AudioOption = Annotated[Path | None, typer.Option(help="Another sound than the bundled sentence; it is repeated.")]
 
 
-@bench_app.command("quality", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@bench_app.command(
+    "quality",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
 def bench_quality(context: typer.Context) -> None:
     """Lip sync, identity, drift and seams of the embedded model, on presenters and speech that it never saw."""
+    # a long job that gains nothing from a second thread, and loses much by one where the cores are shared
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     evaluate: Any = importlib.import_module("avatar.pocket.evaluate")
     evaluate.main(context.args)
 
