@@ -565,7 +565,6 @@ class Pool:
             "reference": reference.bfloat16(),
             "mel": clips.mel.half(),
             "drive": clips.drive,
-            "mouth": clips.mouth,
             "weight": weight / weight.mean((1, 2, 3, 4), keepdim=True),
         }
         if not self.kept:

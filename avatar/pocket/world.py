@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from avatar.pocket.motion import DRIVE, sample_drive
-
-SIZE = 256
-"""Side of a picture in pixels."""
+from avatar.pocket.network import SIZE
 
 MOUTH = ("opening", "width", "pucker", "tongue")
 """The mouth's four numbers, about 0..1."""
