@@ -104,17 +104,8 @@ class _Run:
         self._engine: Engine | None = None
 
     async def run(self) -> RunResult:
-        model = self._settings.model
-        engine_settings = EngineSettings(
-            model=resolve_model(model.name, self._settings),
-            size=(model.width, model.height) if model.width and model.height else None,
-            steps=model.steps,
-            options=model.options,
-            load_timeout_s=model.load_timeout_s,
-            step_timeout_s=model.step_timeout_s,
-        )
-        with self._signals():
-            async with await Engine.launch(engine_settings) as engine:
+        with stopping_signals(self._stop, lambda: self._engine):
+            async with await Engine.launch(engine_settings(self._settings)) as engine:
                 self._engine = engine
                 return await self._speak(engine)
 
@@ -130,10 +121,11 @@ class _Run:
         settings, request = self._settings, self._request
         sink = open_sink(request.target, request.overwrite)
         try:
-            image, sound = await self._or_stop(self._open(sink))
-            spec = await self._or_stop(engine.ready())
+            image, sound = await or_stop(self._stop, self._open(sink))
+            spec = await or_stop(self._stop, engine.ready())
             picture = await asyncio.to_thread(cover, image, spec.width, spec.height)
-            session = await self._or_stop(engine.open(Reference(picture, settings.model.prompt, settings.model.seed)))
+            reference = Reference(picture, settings.model.prompt, settings.model.seed)
+            session = await or_stop(self._stop, engine.open(reference))
             total = None if sound.declared_s is None else max(1, round(sound.declared_s * spec.fps))
             self._watcher.began(sound, total, spec.fps)
             with contextlib.closing(sound.original()) as original:
@@ -143,7 +135,7 @@ class _Run:
                     session,
                     [sink],
                     encoder_settings=EncoderSettings(**settings.encoder.model_dump()),
-                    metadata=self._metadata(sink),
+                    metadata=metadata(settings, sink.name),
                     on_progress=self._watcher.advanced,
                     stop=self._stop,
                     clock=self._clock,
@@ -192,8 +184,9 @@ class _Run:
 
     async def _open(self, sink: Sink) -> tuple[NDArray[np.uint8], SoundFile]:
         """The picture and the sound, with the target tried, all at once; of failures the first in this order."""
+        request = self._request
         image, sound, target = await asyncio.gather(
-            asyncio.to_thread(self._read_picture),
+            asyncio.to_thread(read_image, request.image, self._settings),
             asyncio.to_thread(self._open_sound),
             sink.open(),
             # A thread cannot be left behind, so all of them end before the first failure is told.
@@ -206,56 +199,75 @@ class _Run:
         assert not isinstance(sound, BaseException)
         return image, sound
 
-    def _read_picture(self) -> NDArray[np.uint8]:
-        from avatar.picture import read_picture
-
-        return read_picture(self._request.image, max_pixels=round(self._settings.limits.picture_megapixels * 1e6))
-
     def _open_sound(self) -> SoundFile:
         from audio.decode import open_sound
 
         return open_sound(self._request.audio, self._settings.limits.audio_hours * 3600)
 
-    def _metadata(self, sink: Sink) -> dict[str, str]:
-        """What the file says of itself. That it is made by a machine stands where players and platforms show it."""
-        software = f"avatard {VERSION}"
-        model = Path(self._settings.model.name).name  # of a folder of one's own no more than the last name
-        return {
-            "title": Path(sink.name).stem,
-            "encoding_tool": software,
-            "comment": f"AI-generated: a model ({model}) moved the person in one picture to a "
-            f"sound recording; made with {software}",
-        }
 
-    async def _or_stop(self, work: Awaitable[R]) -> R:
-        """The result of `work`, unless the user wants to end first. Raises: Stopped."""
-        working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
-        try:
-            await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-            raise Stopped
-        finally:
-            for task in (working, stopping):
-                task.cancel()
-            await asyncio.gather(working, stopping, return_exceptions=True)
+def engine_settings(settings: Settings) -> EngineSettings:
+    """What the engine is started with."""
+    model = settings.model
+    return EngineSettings(
+        model=resolve_model(model.name, settings),
+        size=(model.width, model.height) if model.width and model.height else None,
+        steps=model.steps,
+        options=model.options,
+        load_timeout_s=model.load_timeout_s,
+        step_timeout_s=model.step_timeout_s,
+    )
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
 
-        def on_signal(number: int) -> None:
-            if self._stop.is_set():
-                # The second one insists. The part is playable as it lies there.
-                if self._engine is not None:
-                    self._engine.kill()
-                os._exit(128 + number)
-            self._stop.set()
+def read_image(path: Path, settings: Settings) -> NDArray[np.uint8]:
+    """The picture, upright, uint8 [H, W, 3]. Blocking."""
+    from avatar.picture import read_picture
 
+    return read_picture(path, max_pixels=round(settings.limits.picture_megapixels * 1e6))
+
+
+def metadata(settings: Settings, title: str) -> dict[str, str]:
+    """What an output says of itself. That it is made by a machine stands where players and platforms show it."""
+    software = f"avatard {VERSION}"
+    model = Path(settings.model.name).name  # of a folder of one's own no more than the last name
+    return {
+        "title": Path(title).stem,
+        "encoding_tool": software,
+        "comment": f"AI-generated: a model ({model}) moved the person in one picture to a "
+        f"sound recording; made with {software}",
+    }
+
+
+async def or_stop(stop: asyncio.Event, work: Awaitable[R]) -> R:
+    """The result of `work`, unless the user wants to end first. Raises: Stopped."""
+    working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Stopped
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def stopping_signals(stop: asyncio.Event, engine: Callable[[], Engine | None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets `stop`; the second ends the process, and the engine's, at once."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            # The second one insists. What was written plays as it lies there.
+            if (running := engine()) is not None:
+                running.kill()
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield
+    finally:
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal, number)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+            loop.remove_signal_handler(number)
