@@ -114,7 +114,7 @@ def memory(settings: Settings, image: Path, audio: Path, seconds: float, every_s
     curve = MemoryCurve(every_s)
     with tempfile.TemporaryDirectory(prefix="avatard-bench-") as folder:
         sound = _repeated(audio, Path(folder) / "sound.wav", seconds)
-        run(RunRequest(image, sound, str(Path(folder) / "out.mp4")), settings, curve, time.monotonic())
+        run(RunRequest(image, sound, (str(Path(folder) / "out.mp4"),)), settings, curve, time.monotonic())
     if not curve.samples:
         raise AvatardError(f"bench memory: --every {every_s:g}: longer than the video of {seconds:g} s")
     return curve

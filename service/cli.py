@@ -59,7 +59,9 @@ def top(
 def run_command(
     image: Annotated[Path, typer.Option("--image", "-i", help="A picture of the person: any kind Pillow opens.")],
     audio: Annotated[Path, typer.Option("--audio", "-a", help="What they say: any audio or video file.")],
-    to: Annotated[str, typer.Option("--to", "-o", help="The video: NAME.mp4, or null:// to measure.")],
+    to: Annotated[
+        list[str], typer.Option("--to", "-o", help="The video: NAME.mp4, or null:// to measure. Repeatable.")
+    ],
     model: Annotated[
         str | None, typer.Option(help="pocket (default), live-avatar-14b, a folder of weights, or FILE.py:FUNCTION.")
     ] = None,
@@ -90,13 +92,13 @@ def run_command(
         model__height=height,
         model__steps=steps,
     )
-    request = RunRequest(image=image, audio=audio, target=to, overwrite=overwrite)
+    request = RunRequest(image=image, audio=audio, targets=tuple(to), overwrite=overwrite)
     interactive = sys.stderr.isatty() and not quiet and not as_json
     try:
         if interactive:
             from service.progress import Bar
 
-            with Bar(Path(to).name) as bar:
+            with Bar(Path(to[0]).name) as bar:
                 result = run(request, settings, bar, BEGAN)
         else:
             result = run(request, settings, Watcher(), BEGAN)
@@ -109,12 +111,12 @@ def run_command(
         print(json.dumps(vars(result)))
     elif interactive:
         print(
-            f"{result.output or to}: {result.seconds:.2f} s of video in {result.wall_s:.1f} s, "
+            f"{', '.join(result.outputs) or to[0]}: {result.seconds:.2f} s of video in {result.wall_s:.1f} s, "
             f"{result.times_real_time:.2f} x real time",
             file=sys.stderr,
         )
     if not result.complete:
-        where = f"{result.output} plays up to there" if result.output else "nothing was kept"
+        where = f"{', '.join(result.outputs)} plays up to there" if result.outputs else "nothing was kept"
         _complain(f"stopped after {result.seconds:.2f} s of video; {where}")
         raise typer.Exit(INTERRUPTED)
 

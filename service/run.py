@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -34,11 +34,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What to make: the picture of a person, what they say, and where the video goes."""
+    """What to make: the picture of a person, what they say, and where the video goes (at least one target)."""
 
     image: Path
     audio: Path
-    target: str
+    targets: tuple[str, ...]
     overwrite: bool = False
 
 
@@ -46,12 +46,13 @@ class RunRequest:
 class RunResult:
     """What was made, in frames and in seconds of wall time since the command began.
 
-    seconds: of video; fps: frames per second of wall time from the first block on; times_real_time: seconds of video
-    for each second from the command to the finished file; first_frame_s: from the command to the first encoded block;
-    load_s, model_s, encode_s: spent loading, generating, and reading sound and encoding, in parallel.
+    outputs: what lies on the disk now, finished or the part that was made; seconds: of video; fps: frames per second
+    of wall time from the first block on; times_real_time: seconds of video for each second from the command to the
+    finished file; first_frame_s: from the command to the first encoded block; load_s, model_s, encode_s: spent
+    loading, generating, and reading sound and encoding, in parallel.
     """
 
-    output: str | None
+    outputs: list[str]
     complete: bool
     frames: int
     seconds: float
@@ -119,9 +120,9 @@ class _Run:
         from streaming.sinks import open_sink
 
         settings, request = self._settings, self._request
-        sink = open_sink(request.target, request.overwrite)
+        sinks = [open_sink(target, request.overwrite) for target in request.targets]
         try:
-            image, sound = await or_stop(self._stop, self._open(sink))
+            image, sound = await or_stop(self._stop, self._open(sinks))
             spec = await or_stop(self._stop, engine.ready())
             picture = await asyncio.to_thread(cover, image, spec.width, spec.height)
             reference = Reference(picture, settings.model.prompt, settings.model.seed)
@@ -133,31 +134,32 @@ class _Run:
                     FileSource(sound, spec.sample_rate),
                     original,
                     session,
-                    [sink],
+                    sinks,
                     encoder_settings=EncoderSettings(**settings.encoder.model_dump()),
-                    metadata=metadata(settings, sink.name),
+                    metadata=metadata(settings, sinks[0].name),
                     on_progress=self._watcher.advanced,
                     stop=self._stop,
                     clock=self._clock,
                 )
         except Exception as error:
-            await sink.close(complete=False)
-            if sink.output is None or str(sink.output) in str(error):
+            await _close(sinks)
+            untold = [path for path in _outputs(sinks) if path not in str(error)]
+            if not untold:
                 raise
-            kept = f"the video up to there is in {sink.output}"
+            kept = f"the video up to there is in {', '.join(untold)}"
             if isinstance(error, AvatardError):
                 raise AvatardError(f"{error}; {kept}") from error
             error.add_note(kept)
             raise
         finally:
-            await sink.close(complete=False)
+            await _close(sinks)
         if result.stopped and not result.frames:
             raise Stopped
         warnings = [f"{request.audio}: {warning}" for warning in sound.report.warnings()]
         seconds = result.frames / spec.fps
         wall_s = self._clock() - self._began
         return RunResult(
-            output=None if sink.output is None else str(sink.output),
+            outputs=_outputs(sinks),
             complete=not result.stopped,
             frames=result.frames,
             seconds=round(seconds, 3),
@@ -182,17 +184,17 @@ class _Run:
         since = result.first_frame_at if rest > 0 else self._began
         return (rest if rest > 0 else result.frames) / max(self._clock() - since, 1e-6)
 
-    async def _open(self, sink: Sink) -> tuple[NDArray[np.uint8], SoundFile]:
-        """The picture and the sound, with the target tried, all at once; of failures the first in this order."""
+    async def _open(self, sinks: Sequence[Sink]) -> tuple[NDArray[np.uint8], SoundFile]:
+        """The picture and the sound, with the targets tried, all at once; of failures the first in this order."""
         request = self._request
-        image, sound, target = await asyncio.gather(
+        image, sound, *targets = await asyncio.gather(
             asyncio.to_thread(read_image, request.image, self._settings),
             asyncio.to_thread(self._open_sound),
-            sink.open(),
+            *(sink.open() for sink in sinks),
             # A thread cannot be left behind, so all of them end before the first failure is told.
             return_exceptions=True,
         )
-        for failure in (image, sound, target):
+        for failure in (image, sound, *targets):
             if isinstance(failure, BaseException):
                 raise failure
         assert not isinstance(image, BaseException)
@@ -203,6 +205,17 @@ class _Run:
         from audio.decode import open_sound
 
         return open_sound(self._request.audio, self._settings.limits.audio_hours * 3600)
+
+
+async def _close(sinks: Sequence[Sink]) -> None:
+    """Close what is open still, as incomplete; its failure would hide what led here."""
+    for sink in sinks:
+        with contextlib.suppress(AvatardError):
+            await sink.close(complete=False)
+
+
+def _outputs(sinks: Sequence[Sink]) -> list[str]:
+    return [str(sink.output) for sink in sinks if sink.output is not None]
 
 
 def engine_settings(settings: Settings) -> EngineSettings:

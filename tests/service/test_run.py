@@ -96,7 +96,7 @@ def test_json_is_one_line_of_results(place):
     assert (result["frames"], result["seconds"], result["seed"]) == (75, 3.0, 7)
     assert (result["width"], result["height"]) == (128, 64)
     assert result["complete"]
-    assert Path(result["output"]).name == "out.mp4"
+    assert [Path(path).name for path in result["outputs"]] == ["out.mp4"]
     assert 0 < result["first_frame_s"] < result["wall_s"]
     assert result["times_real_time"] == pytest.approx(3.0 / result["wall_s"], rel=0.01)
 
@@ -117,9 +117,22 @@ def test_silence_speaks_with_a_warning(place):
     assert place.run("--quiet", "--overwrite").stderr == ""
 
 
+def test_every_target_gets_the_video(place):
+    process = place.run("--json", "--to", place.folder / "second.mov", "--to", "null://")
+    assert [Path(path).name for path in json.loads(process.stdout)["outputs"]] == ["out.mp4", "second.mov"]
+    assert read_mp4(place.folder / "second.mov").frames == read_mp4(place.folder / "out.mp4").frames == 75
+
+
+def test_of_targets_one_of_which_cannot_be_written_none_is_begun(place):
+    process = place.run("--to", place.folder / "nowhere" / "second.mp4")
+    assert process.returncode == 2
+    assert "there is no folder" in process.stderr
+    assert place.files() == set()
+
+
 def test_null_measures_and_writes_nothing(place):
     process = place.run("--json", to="null://")
-    assert json.loads(process.stdout)["output"] is None
+    assert json.loads(process.stdout)["outputs"] == []
     assert place.files() == set()
 
 
