@@ -1,10 +1,12 @@
-"""Packets in, an MP4 out: fragmented while it grows, rewritten for players when it is whole."""
+"""Packets in, a container out: an MP4 that is fragmented while it grows and rewritten when it is whole; FLV; HLS."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import av
 from av.container import OutputContainer
@@ -23,39 +25,91 @@ FRAGMENTED = {
 }
 
 
+FLV = {"flvflags": "no_duration_filesize", "flush_packets": "1"}
+
+MPEGTS = {"flush_packets": "1"}
+
+
+class ByteSink(Protocol):
+    """Anything that bytes can be written to; it is called in the muxer's thread and must not wait."""
+
+    def write(self, part: bytes) -> int: ...
+
+
 class Muxer:
-    """A fragmented MP4 that is playable up to its last fragment at any moment, even after kill -9.
+    """Packets of one encoder in one container, which begins at the first picture it is given.
+
+    That picture is at time 0, and the distance of sound and picture stays as it was to the sample. The stream's own
+    beginning keeps the encoder delay of its sound, which an MP4 says to its players; where a container begins later,
+    sound from before its first picture is left out.
 
     Args:
-        path: opened and emptied at the first packet.
+        target: a file, opened and emptied at the first packet, or what takes the bytes.
         streams: what the packets come from (`Encoder.streams`).
-        metadata: tags of the file; `encoding_tool` is the software.
+        metadata: tags; `encoding_tool` is the software.
+        container, options: libavformat's names. The default is a fragmented MP4 that is playable up to its last
+            fragment at any moment, even after kill -9.
 
     Every method raises av.error.FFmpegError (an OSError) when the disk does.
     """
 
-    def __init__(self, path: Path, streams: Sequence[Stream], metadata: Mapping[str, str]) -> None:
-        self._container = _open_output(path, FRAGMENTED, metadata)
+    def __init__(
+        self,
+        target: Path | ByteSink,
+        streams: Sequence[Stream],
+        metadata: Mapping[str, str],
+        container: str = "mp4",
+        options: Mapping[str, str] = FRAGMENTED,
+    ) -> None:
+        self._container = _open_output(target, container, options, metadata)
         self._outputs = {stream.index: self._container.add_stream_from_template(stream) for stream in streams}
+        self._begin: Fraction | None = None
+        self._held: list[Packet] = []
 
     def mux(self, packets: Iterable[Packet]) -> None:
         """Write packets; they stay as they were, so another muxer can have them too."""
         for packet in packets:
-            # A copy: mux() rescales the packet it is given, in place, to the time base of its container.
-            copy = av.Packet(bytes(packet))
-            copy.pts, copy.dts, copy.duration = packet.pts, packet.dts, packet.duration
-            copy.time_base, copy.is_keyframe = packet.time_base, packet.is_keyframe
-            copy.stream = self._outputs[packet.stream.index]
-            self._container.mux(copy)
+            if self._begin is None:
+                if packet.stream.type != "video":
+                    # x264 looks ahead, so the sound of a picture may come before it. Never more than that much.
+                    self._held.append(packet)
+                    continue
+                self._begin = time_of(packet)
+                self._write(packet)
+                for held in self._held:
+                    self._write(held)
+                self._held.clear()
+            else:
+                self._write(packet)
 
     def close(self) -> None:
-        """Write what is buffered and the index of the fragments. Closing twice is harmless."""
+        """Write what is buffered and what ends the container. Closing twice is harmless."""
         self._container.close()
+
+    def _write(self, packet: Packet) -> None:
+        assert self._begin is not None
+        if self._begin and time_of(packet) < self._begin:
+            return
+        shift = round(self._begin / packet.time_base)
+        # A copy: mux() rescales the packet it is given, in place, to the time base of its container.
+        copy = av.Packet(bytes(packet))
+        copy.pts, copy.dts, copy.duration = packet.pts - shift, packet.dts - shift, packet.duration
+        copy.time_base, copy.is_keyframe = packet.time_base, packet.is_keyframe
+        copy.stream = self._outputs[packet.stream.index]
+        self._container.mux(copy)
+
+
+def time_of(packet: Packet) -> Fraction:
+    """When a packet is shown or heard, in seconds of its encoder; there are no B-frames, so it is decoded then too."""
+    return packet.pts * packet.time_base
 
 
 def rewrite_for_players(part: Path, whole: Path, metadata: Mapping[str, str]) -> None:
     """Copy a finished fragmented MP4 to a plain one with its index first (faststart), and see it safe on the disk."""
-    with av.open(f"file:{part}") as source, _open_output(whole, {"movflags": "+faststart"}, metadata) as container:
+    with (
+        av.open(f"file:{part}") as source,
+        _open_output(whole, "mp4", {"movflags": "+faststart"}, metadata) as container,
+    ):
         outputs = {stream.index: container.add_stream_from_template(stream) for stream in source.streams}
         for packet in source.demux():
             if packet.dts is not None:
@@ -73,8 +127,11 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _open_output(path: Path, options: Mapping[str, str], metadata: Mapping[str, str]) -> OutputContainer:
+def _open_output(
+    target: Path | ByteSink, container: str, options: Mapping[str, str], metadata: Mapping[str, str]
+) -> OutputContainer:
     # "file:" keeps a colon in a file name from being read as a protocol.
-    container = av.open(f"file:{path}", "w", format="mp4", options=dict(options))
-    container.metadata.update(metadata)
-    return container
+    where = f"file:{target}" if isinstance(target, Path) else target
+    output = av.open(where, "w", format=container, options=dict(options))
+    output.metadata.update(metadata)
+    return output
