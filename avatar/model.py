@@ -6,7 +6,7 @@ Nothing here imports torch, so that the daemon and its command line start at onc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,4 +112,20 @@ class AvatarModel(Protocol):
 
     def finish(self, state: State) -> list[FrameBlock]:
         """The blocks still in flight."""
+        ...
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What a model has beside its four calls when its states are too large to be copied or saved whole."""
+
+    def snapshot(self, state: State) -> Any:
+        """The small part of `state` from which `resume` makes it again; it may share tensors with `state`.
+
+        Like a state it is a tree that `avatar.stateful` can clone and save.
+        """
+        ...
+
+    def resume(self, reference: Reference, saved: Any) -> State:
+        """A state that goes on where `snapshot` was taken, as nearly as the family promises; takes over `saved`."""
         ...

@@ -150,6 +150,7 @@ def denoise_block(
     reference_positions: Sequence[int],
     pose: Tensor | None = None,
     mask: Tensor | None = None,
+    trace: list[Tensor] | None = None,
 ) -> Tensor:
     """Turn noise into one block of clean latents, one Euler step for each noise level but the last.
 
@@ -164,6 +165,7 @@ def denoise_block(
         f0: index of the block's first latent frame since the stream began.
         reference_positions: one for each step, from `ReferenceDistance.positions`.
         pose, mask: as `CausalDiT.step` takes them.
+        trace: gets the latents after each step, the clean ones last.
     Returns: latents, shaped and typed like `noise`.
     Source: Live Avatar (arXiv 2512.04677).
     """
@@ -173,4 +175,6 @@ def denoise_block(
             x, times[s], conditioning, text, audio, caches[s], f0, reference_positions[s], pose=pose, mask=mask
         )
         x = euler_step(x, velocity, dt)
+        if trace is not None:
+            trace.append(x)
     return x

@@ -10,7 +10,8 @@ import pytest
 
 from audio.blocks import BlockCutter
 from audio.chunk import AudioChunk
-from avatar.model import AvatarModel, FrameBlock, Reference, StreamSpec
+from avatar.model import AvatarModel, FrameBlock, Reference, Resumable, StreamSpec
+from avatar.stateful import clone, load, save
 from streaming.encoder import SOUND_RATE, Encoder, EncoderSettings
 from streaming.sinks import Sink
 
@@ -19,7 +20,8 @@ def check_model(model: AvatarModel, blocks: int = 3, tail_frames: int = 5) -> No
     """A model keeps the contract of `avatar.model`.
 
     The frames do not depend on how the sound was chunked, nor on what other sessions do; one seed gives one video;
-    blocks have the sizes and starts that they should; a state that is copied can be gone on with.
+    blocks have the sizes and starts that they should; a state that is copied can be gone on with, and so can one that
+    was saved in another process.
     """
     spec = model.spec
     reference = _reference(seed=5)
@@ -37,6 +39,7 @@ def check_model(model: AvatarModel, blocks: int = 3, tail_frames: int = 5) -> No
     _same(_speak(model, reference, sound, [len(sound)]), whole, "the same seed gave other frames")
     _check_sessions_are_isolated(model, reference, sound, whole)
     _check_a_copy_goes_on(model, reference, sound, whole)
+    _check_a_saved_state_goes_on(model, reference, sound, whole)
 
 
 async def check_sink(make: Callable[[], Sink], read: Callable[[Sink], list[float]]) -> None:
@@ -92,8 +95,6 @@ def _check_a_copy_goes_on(
     model: AvatarModel, reference: Reference, sound: np.ndarray, whole: Sequence[FrameBlock]
 ) -> None:
     """A state copied after the first block, and gone on with after the original has run on."""
-    from avatar.stateful import clone  # here, since it imports torch
-
     first, *rest = _cut(model.spec, sound, [len(sound)])
     state = model.start(reference)
     before = model.step(state, first)
@@ -102,6 +103,25 @@ def _check_a_copy_goes_on(
         model.step(state, block)
     again = [made for block in rest for made in model.step(kept, block)]
     _same([*before, *again, *model.finish(kept)], whole, "a copied state did not go on as the original did")
+
+
+def _check_a_saved_state_goes_on(
+    model: AvatarModel, reference: Reference, sound: np.ndarray, whole: Sequence[FrameBlock]
+) -> None:
+    """A state saved as bytes after the first block, and gone on with beside the original.
+
+    A family that rebuilds a state from a part of it does so exactly this near to the beginning.
+    """
+    first, *rest = _cut(model.spec, sound, [len(sound)])
+    state = model.start(reference)
+    before = model.step(state, first)
+    resumable = isinstance(model, Resumable)
+    saved = b"".join(save(model.snapshot(state) if resumable else state))
+    loaded = load(saved, {type(state).__module__})
+    other = model.resume(reference, loaded) if resumable else loaded
+    for one, what in ((state, "saving a state changed it"), (other, "a saved state did not go on as the original did")):
+        again = [made for block in rest for made in model.step(one, block)]
+        _same([*before, *again, *model.finish(one)], whole, what)
 
 
 def _speak(model: AvatarModel, reference: Reference, sound: np.ndarray, lengths: Sequence[int]) -> list[FrameBlock]:

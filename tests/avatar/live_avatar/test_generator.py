@@ -16,6 +16,7 @@ from audio.chunk import AudioBlock
 from audio.wav2vec import SpeechState, SpeechStream
 from avatar.live_avatar.dit import ConfigMismatch, DiTConfig
 from avatar.live_avatar.generator import (
+    SEAM_BLOCKS,
     Crop,
     Decoding,
     GivenPrompt,
@@ -33,7 +34,7 @@ from avatar.live_avatar.vae import WanVae, build_vae, diffusers_name
 from avatar.live_avatar.weights import WeightsError, load_speech_encoder
 from avatar.model import Reference
 from avatar.sampling import Reanchor, ReferenceDistance
-from avatar.stateful import clone, restore, state_bytes
+from avatar.stateful import clone, load, restore, save, state_bytes
 
 BLOCK = 7_680
 
@@ -263,6 +264,53 @@ def test_a_session_can_be_rolled_back_across_a_clip_border(small, picture):
     np.testing.assert_array_equal(frames_of(small, state, range(1, 4)), once)
 
 
+def resumed(model, state, reference):
+    """The session in another process: its snapshot as bytes and back."""
+    return model.resume(reference, load(b"".join(save(model.snapshot(state)))))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "changes"),
+    [
+        (0, {}),
+        (2, {"reanchor": Reanchor.NONE}),
+        (3, {"merge_last_step": True, "clip_blocks": 1}),
+        (3, {"reanchor": Reanchor.REFERENCE_MOTION}),
+        (3, {"decoding": Decoding.PER_CLIP}),
+    ],
+)
+def test_a_session_resumed_with_all_its_blocks_goes_on_to_the_bit(networks, speech, picture, changes, blocks):
+    model = LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), replace(SMALL, **changes))
+    reference = Reference(picture, seed=1)
+    state = model.start(reference)
+    for i in range(blocks):
+        model.step(state, sound_block(i))
+    other = resumed(model, state, reference)
+    assert state_bytes(other) == state_bytes(state)
+    following = [blocks]
+    np.testing.assert_array_equal(frames_of(model, other, following), frames_of(model, state, following))
+
+
+def test_the_seam_of_a_resumed_session_is_small(networks, speech, picture):
+    """Measured in the next block and the one after it: latents 0.34 % and 0.14 % off; frames, of 255 levels, 0.04 and
+    0.08 in the mean, 0.5 and 1.1 at most. The snapshot is 8 % of the session here, at full size 0.04 %."""
+    model = LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), replace(SMALL, ring_blocks=4, clip_blocks=4))
+    reference = Reference(picture, seed=1)
+    state = model.start(reference)
+    frames_of(model, state, range(10))
+    assert state_bytes(model.snapshot(state)) < 0.1 * state_bytes(state)
+    other = resumed(model, state, reference)
+    errors = []
+    for i in (10, 11):
+        ours, theirs = model.denoise(other, sound_block(i)), model.denoise(state, sound_block(i))
+        seam = 127.5 * (model.decode(other, ours) - model.decode(state, theirs)).abs()
+        assert seam.mean() < 0.15
+        assert seam.max() < 4
+        errors.append(relative_rms(ours, theirs))
+    assert errors[0] < 0.01
+    assert errors[1] < errors[0]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -280,9 +328,10 @@ def test_planned_bytes_are_allocated_bytes_and_stay_so(networks, speech, picture
     model = LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), replace(SMALL, **changes))
     state = model.start(Reference(picture))
     planned = sum(part.session_bytes for part in model.parts())
-    frames_of(model, state, range(4))
+    full = model.options.ring_blocks + SEAM_BLOCKS
+    frames_of(model, state, range(full))
     assert state_bytes(state) == planned
-    frames_of(model, state, range(4, 5))
+    frames_of(model, state, range(full, full + 1))
     assert state_bytes(state) == planned
 
 
