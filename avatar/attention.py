@@ -16,6 +16,10 @@ EXPLICIT_SCORES = 1 << 22
 """Up to this many scores a CPU keeps them in its cache; beyond, the fused kernel needs less memory."""
 
 
+LONG = 256
+"""From this many keys on, a GPU's attention is cuDNN's."""
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention, scale 1 / sqrt(dim).
 
@@ -31,6 +35,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         # with AVX-512 BF16), with the same distance from the float32 model.
         weights = torch.softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.mT), dim=-1)
         return torch.matmul(weights, v).transpose(1, 2)
+    if q.is_cuda and mask is None and not torch.is_grad_enabled() and q.element_size() == 2 and k.shape[2] >= LONG:
+        # By name, since PyTorch's own order of preference would take a kernel of half the rate (docs/performance.md).
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0].transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
@@ -96,6 +103,6 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
 
 def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
     """`apply_rope` in real numbers."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table[:, None].unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    cos, sin = table[:, None].split(1, dim=-1)
+    return (pairs * cos + pairs.flip(-1) * torch.cat([-sin, sin], dim=-1)).flatten(-2).to(x.dtype)

@@ -30,7 +30,7 @@ MOTION_FRAMES = 19
 """Latent frames the frame packer reads, newest last: 16, then 2, then 1, at falling compression."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor | None]
-"""What a block's queries look at: (q, k, v), each [B, N, heads, dim], normed and not yet rotated -> [B, N, heads, dim].
+"""What a block's queries look at: (q, k, v), each [B, N, heads, dim], normed and perhaps rotated -> [B, N, heads, dim].
 
 None: only the keys and values were wanted, the block ends here.
 """
@@ -217,11 +217,28 @@ class Block(nn.Module):
         h = (self.norm(x) * (1 + m.scale_ffn) + m.shift_ffn).to(dtype)
         return (x + self.ffn(h) * m.gate_ffn).to(dtype)
 
-    def forward(self, x: Tensor, e0: Tensor, attend: Attend, text: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def before_attention(self, x: Tensor, e0: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, N, D] -> q, k, v [B, N, heads, dim]; q and k are rotated by rope [N, dim / 2, 2] where it is given."""
+        q, k, v = self.qkv(x, self.modulate(e0))
+        return (q, k, v) if rope is None else (apply_rope(q, rope), apply_rope(k, rope), v)
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, e0: Tensor, text: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """x: [B, N, D] as it came in; attended: [B, N, heads, dim]; text: the prompt's k, v -> [B, N, D]."""
+        return self.finish(x, attended, self.modulate(e0), text)
+
+    def forward(
+        self,
+        x: Tensor,
+        e0: Tensor,
+        attend: Attend,
+        text: tuple[Tensor, Tensor] | None = None,
+        rope: Tensor | None = None,
+    ) -> Tensor:
         """x: [B, N, D]; attend: where the queries look, and what is remembered of the keys."""
-        m = self.modulate(e0)
-        attended = attend(*self.qkv(x, m))
-        return x if attended is None else self.finish(x, attended, m, text)
+        attended = attend(*self.before_attention(x, e0, rope))
+        return x if attended is None else self.after_attention(x, attended, e0, text)
 
 
 class Head(nn.Module):
@@ -284,11 +301,16 @@ class AudioInjector(nn.Module):
 
     def forward(self, j: int, x: Tensor, injection: Injection) -> Tensor:
         """What actor by actor is added to x. x: [A, F * n, D], or [1, ...] for all actors alike -> [A, F, n, D]."""
+        return self.listen(self.injector[j], x, injection)
+
+    @staticmethod
+    def listen(attention: nn.Module, x: Tensor, injection: Injection) -> Tensor:
+        """`forward`, with the injector's attention itself."""
         frames = injection.shift.shape[1]
         # eps 1e-5 here, 1e-6 everywhere else.
         h = F.layer_norm(x.float(), x.shape[-1:], eps=1e-5).unflatten(1, (frames, -1))
         h = (h * injection.scale + injection.shift).to(x.dtype)
-        return self.injector[j](h.flatten(0, 1), injection.k, injection.v).unflatten(0, (-1, frames))
+        return attention(h.flatten(0, 1), injection.k, injection.v).unflatten(0, (-1, frames))
 
 
 class CausalDiT(nn.Module):
@@ -500,10 +522,9 @@ class CausalDiT(nn.Module):
         for i, block in enumerate(self.blocks):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = i) -> Tensor:
-                keys, values = cache.append(layer, apply_rope(k, rope), v, start)
-                return attention(apply_rope(q, rope), keys, values)
+                return attention(q, *cache.append(layer, k, v, start))
 
-            x = block(x, e0, attend, text[i] if text else None)
+            x = block(x, e0, attend, text[i] if text else None, rope)
             if i in self.injector_of_block:
                 j = self.injector_of_block[i]
                 x = self.add_audio(j, x, audio[j], mask)

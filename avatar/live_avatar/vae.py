@@ -11,11 +11,14 @@ compare chunked with whole.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from einops import rearrange
 from torch import Tensor, nn
 
 from avatar.stateful import state_bytes
@@ -43,6 +46,11 @@ class VaeState:
     cache: list[Any]
     started: bool = False
 
+    @property
+    def running(self) -> bool:
+        """Whether every convolution of a decoder has a past, which it has from the third latent on."""
+        return self.started and not any(isinstance(slot, str) for slot in self.cache)
+
 
 class WanVae(nn.Module):
     """Pixels to latents and back, whole or as a stream.
@@ -50,14 +58,20 @@ class WanVae(nn.Module):
     Args:
         model: an AutoencoderKLWan; its weights' dtype is the dtype of the convolutions and of the stored caches.
         bf16_constants: round latent mean and 1/std to bfloat16 as Live Avatar does, for parity of a bf16 run.
+
+    `latents_per_call` says how many latent frames of a running stream go through the decoder at once. One keeps the
+    activations small and is bit-equal to decoding whole; three fill a large GPU better.
     """
 
     latent_mean: Tensor
     latent_inverse_std: Tensor
+    onward: Callable[..., tuple[Tensor, list[Tensor]]]
 
     def __init__(self, model: AutoencoderKLWan, *, bf16_constants: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.latents_per_call = 1
+        self.onward = decode_onward
         mean, std = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
         inverse = 1 / std
         if bf16_constants:
@@ -114,9 +128,15 @@ class WanVae(nn.Module):
         raw = (latents / self.latent_inverse_std + self.latent_mean).to(self.dtype)
         raw = self.model.post_quant_conv(raw)
         parts = []
-        # One latent a call: bit-equal to the one-shot decode, and the largest activation is that of four frames.
-        for frame in raw.split(1, dim=2):
-            parts.append(self.model.decoder(frame, feat_cache=state.cache, feat_idx=[0], first_chunk=not state.started))
+        while raw.shape[2]:
+            if state.running:
+                some, raw = raw[:, :, : self.latents_per_call], raw[:, :, self.latents_per_call :]
+                memory = [slot for slot in state.cache if slot is not None]
+                part, state.cache[: len(memory)] = self.onward(self.model.decoder, some, memory)
+            else:
+                one, raw = raw[:, :, :1], raw[:, :, 1:]
+                part = self.model.decoder(one, feat_cache=state.cache, feat_idx=[0], first_chunk=not state.started)
+            parts.append(part)
             self._settle(state)
         return torch.cat(parts, 2).float()
 
@@ -124,6 +144,46 @@ class WanVae(nn.Module):
         state.started = True
         # Under autocast the inputs of residual convolutions are float32, and the convolution rounds them anyway.
         state.cache[:] = [slot.to(self.dtype) if isinstance(slot, Tensor) else slot for slot in state.cache]
+
+
+def decode_onward(decoder: nn.Module, latents: Tensor, memory: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The decoder in the middle of a stream, as a function of what it sees and remembers.
+
+    Args:
+        decoder: the `decoder` of an AutoencoderKLWan.
+        latents: [B, 16, T, h, w], T >= 1.
+        memory: the last two frames that each causal convolution was given, in the order of the calls.
+    Returns: pixels [B, 3, 4 T, 8 h, 8 w], and the new memory.
+    """
+    past = iter(memory)
+    kept: list[Tensor] = []
+
+    def causal(conv: nn.Conv3d, x: Tensor) -> Tensor:
+        x = torch.cat([next(past), x], dim=2)
+        kept.append(x[:, :, -2:].clone())
+        _, height, width = conv.kernel_size
+        return F.conv3d(x, conv.weight, conv.bias, padding=(0, height // 2, width // 2))
+
+    def residual(block: Any, x: Tensor) -> Tensor:
+        h = causal(block.conv1, block.nonlinearity(block.norm1(x)))
+        h = causal(block.conv2, block.nonlinearity(block.norm2(h)))
+        return h + block.conv_shortcut(x)
+
+    def upsample(layer: Any, x: Tensor) -> Tensor:
+        if layer.mode == "upsample3d":
+            x = rearrange(causal(layer.time_conv, x), "b (two c) t h w -> b c (t two) h w", two=2)
+        frames = rearrange(x, "b c t h w -> (b t) c h w")
+        frames = layer.resample[1](F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
+        return rearrange(frames, "(b t) c h w -> b c t h w", b=len(x))
+
+    x = residual(decoder.mid_block.resnets[0], causal(decoder.conv_in, latents))
+    x = residual(decoder.mid_block.resnets[1], decoder.mid_block.attentions[0](x))
+    for block in decoder.up_blocks:
+        for layer in block.resnets:
+            x = residual(layer, x)
+        for layer in block.upsamplers or ():
+            x = upsample(layer, x)
+    return causal(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x))), kept
 
 
 def prime(vae: WanVae, latents: Tensor) -> VaeState:

@@ -1,0 +1,68 @@
+"""What makes the full-size networks fast, applied from outside to networks that stay as they are written.
+
+Each function changes a network in place, keeps its calls and its numbers up to rounding, and may be left out. Figures
+are in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from avatar.compile import compile_methods, uncompiled
+from avatar.live_avatar.dit import CausalDiT
+from avatar.live_avatar.generator import LATENTS_PER_BLOCK
+from avatar.live_avatar.vae import WanVae, decode_onward
+from avatar.quantize import quantize_linears
+
+
+def use_float8(dit: CausalDiT) -> int:
+    """8-bit weights and products in all blocks and injectors: 15.9 of the 16.3 G weights at full size.
+
+    Embeddings, audio encoder and head keep their type; they are small, and computed in float32.
+    Returns: the number of layers.
+    """
+    return quantize_linears(dit.blocks) + quantize_linears(dit.audio_injector)
+
+
+def compile_transformer(dit: CausalDiT) -> None:
+    """One graph for what a block does before its attention, one for what it does after, one for an injector, one head.
+
+    Norms, modulation, rotation, gates and rounding to 8 bits then need a pass over memory together, not one each.
+    """
+    compile_methods(dit.blocks, "before_attention", "after_attention")
+    compile_methods([dit.audio_injector], "listen")
+    compile_methods([dit.head], "forward")
+    dit.prefill = uncompiled(dit.prefill)  # type: ignore[method-assign]
+
+
+def compile_vae(vae: WanVae) -> None:
+    """A block's latents through the decoder at once, channels last, norms and activations fused."""
+    channels_last(vae.model)
+    vae.latents_per_call = LATENTS_PER_BLOCK
+    compiled = torch.compile(decode_onward, fullgraph=True, dynamic=False)
+
+    def onward(decoder: nn.Module, latents: Tensor, memory: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        if latents.shape[2] != vae.latents_per_call:
+            return decode_onward(decoder, latents, memory)
+        # One layout from the first call on, or there would be a second graph.
+        return compiled(decoder, _channels_last_view(latents), [_channels_last_view(x) for x in memory])
+
+    vae.onward = onward
+
+
+def _channels_last_view(x: Tensor) -> Tensor:
+    """x [B, C, T, H, W] in memory as [B, T, H, W, C]; strides as they should be also where a side is 1 long."""
+    _, channels, frames, height, width = x.shape
+    strides = (frames * height * width * channels, 1, height * width * channels, width * channels, channels)
+    return x.contiguous(memory_format=torch.channels_last_3d).as_strided(x.shape, strides)
+
+
+def channels_last(module: nn.Module) -> None:
+    """Store the weights of convolutions with channels last, in place; what they compute then comes in this layout."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])

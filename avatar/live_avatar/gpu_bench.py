@@ -1,0 +1,342 @@
+"""How fast the full-size model is on this machine, and how far its fast modes are from float32: docs/performance.md.
+
+    python -m avatar.live_avatar.gpu_bench speed  [--modes bf16,...] [--size 704x384] [--merge] [--blocks N] [--profile]
+    python -m avatar.live_avatar.gpu_bench errors [--modes bf16,...] [--layers 8]
+
+Weights are random: speed and memory do not depend on their values. Each case is printed as one JSON line, with the
+machine's own ceilings and the time that the case would take at these ceilings (its floor).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audio.chunk import AudioBlock
+from avatar.attention import attention
+from avatar.live_avatar import fast
+from avatar.live_avatar.dit import CausalDiT, DiTConfig
+from avatar.live_avatar.generator import FRAMES_PER_BLOCK, LATENTS_PER_BLOCK, LiveAvatar, Options, random_live_avatar
+from avatar.model import Reference
+from avatar.quantize import quantize
+from avatar.sampling import denoise_block, sigmas, step_modulations
+
+SAMPLES = 7_680
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Which optimisations are on; each is a function of `avatar.live_avatar.fast`."""
+
+    float8: bool = False
+    compiled: bool = False
+    vae: bool = False
+
+    def apply(self, model: LiveAvatar) -> None:
+        if self.float8:
+            fast.use_float8(model.dit)
+        if self.compiled:
+            fast.compile_transformer(model.dit)
+        if self.vae:
+            fast.compile_vae(model.vae)
+
+
+MODES = {
+    "bf16": Mode(),
+    "bf16-compiled": Mode(compiled=True),
+    "bf16-compiled-vae": Mode(compiled=True, vae=True),
+    "float8": Mode(float8=True),
+    "float8-compiled": Mode(float8=True, compiled=True),
+    "float8-compiled-vae": Mode(float8=True, compiled=True, vae=True),
+}
+
+
+# What the machine can do, and what a block asks of it.
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates of this machine in TFLOP/s: large matrix products, attention at the sizes of the case."""
+
+    bf16: float
+    float8: float
+    attention: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one denoising step with full rings, in TFLOP (multiply-add = 2)."""
+
+    matrices: float
+    attention: float
+
+    @classmethod
+    def of(cls, config: DiTConfig, options: Options) -> Work:
+        _, queries, keys = tokens(options)
+        dim, layers, injectors = config.dim, config.num_layers, len(config.audio_inject_layers)
+        block = 12 * dim**2 + 4 * dim * config.ffn_dim
+        matrices = queries * (layers * block + injectors * 4 * dim**2)
+        attended = 4 * queries * dim * (layers * (keys + config.text_len) + injectors * (config.num_audio_token + 1))
+        return cls(matrices / 1e12, attended / 1e12)
+
+    def floor_ms(self, ceilings: Ceilings, float8: bool) -> float:
+        return 1e3 * (
+            self.matrices / (ceilings.float8 if float8 else ceilings.bf16) + self.attention / ceilings.attention
+        )
+
+
+def tokens(options: Options) -> tuple[int, int, int]:
+    """Tokens of a latent frame, of a block, and keys with full rings."""
+    rows, columns = options.height // 16, options.width // 16
+    n = rows * columns
+    conditioning = 2 * n + (rows // 2) * (columns // 2) + 4 * (rows // 4) * (columns // 4)
+    return n, LATENTS_PER_BLOCK * n, LATENTS_PER_BLOCK * options.ring_blocks * n + conditioning
+
+
+def measure_ceilings(config: DiTConfig, options: Options) -> Ceilings:
+    _, queries, keys = tokens(options)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    work = 2 * 8192**3 / 1e12
+    bf16 = work / timed(lambda: a @ b)
+    (qa, sa), (qb, sb) = quantize(a), quantize(b)
+    float8 = work / timed(
+        lambda: torch._scaled_mm(qa, qb.t(), scale_a=sa, scale_b=sb.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    )
+    heads = config.num_heads
+    q = torch.randn(1, queries, heads, config.head_dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, heads, keys, config.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    with torch.no_grad():
+        attended = timed(lambda: attention(q, k.transpose(1, 2), v.transpose(1, 2)))
+    return Ceilings(bf16, float8, 4 * queries * keys * config.dim / 1e12 / attended)
+
+
+def timed(call: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> float:
+    """Seconds of one call, the median of several, each between two events of the device."""
+    for _ in range(warmup):
+        call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin, end in events:
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+
+
+# Speed.
+
+
+@contextmanager
+def stopwatch(*calls: tuple[Any, str]) -> Iterator[dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]]:
+    """Device times of some methods while the block runs, by name."""
+    times: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for _, name in calls}
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = original(*args, **options)
+            end.record()
+            times[name].append((begin, end))
+            return result
+
+        setattr(owner, name, watched)
+
+    for owner, name in calls:
+        watch(owner, name)
+    try:
+        yield times
+    finally:
+        for owner, name in calls:
+            delattr(owner, name)
+
+
+def sound(block: int, lookahead: int) -> AudioBlock:
+    samples = 0.1 * np.random.default_rng(block).standard_normal(SAMPLES + lookahead).astype(np.float32)
+    return AudioBlock(samples[:SAMPLES], block * SAMPLES, SAMPLES, samples[SAMPLES:])
+
+
+def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, Any]:
+    """Times of steady blocks, rings full, sound in and uint8 frames out: medians in ms, and frames a second."""
+    picture = np.random.default_rng(0).integers(0, 256, (model.spec.height, model.spec.width, 3), np.uint8)
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    state = model.start(Reference(picture, seed=1))
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    warmup = model.options.ring_blocks + 2
+    for i in range(warmup):
+        model.step(state, sound(i, model.spec.lookahead_samples))
+        if i == 0:
+            first = time.perf_counter()
+    walls = []
+    with stopwatch((model.dit, "step"), (model.vae, "decode"), (model.speech, "features")) as times:
+        for i in range(warmup, warmup + blocks):
+            begin = time.perf_counter()
+            model.step(state, sound(i, model.spec.lookahead_samples))
+            walls.append(1e3 * (time.perf_counter() - begin))
+    medians = {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in times.items()}
+    steps = [a.elapsed_time(b) for a, b in times["step"]]
+    result = {
+        "block_ms": round(statistics.median(walls), 1),
+        "fps": round(1e3 * FRAMES_PER_BLOCK / statistics.median(walls), 2),
+        "step_ms": round(medians["step"], 2),
+        "step_max_ms": round(max(steps), 2),
+        "vae_ms": round(medians["decode"], 2),
+        "speech_ms": round(medians["features"], 2),
+        "start_s": round(started - began, 2),
+        "first_block_s": round(first - started, 2),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+    }
+    if profiled:
+        result["kernels"] = profile(lambda: model.step(state, sound(warmup + blocks, model.spec.lookahead_samples)))
+    return result
+
+
+def profile(call: Callable[[], Any], top: int = 45) -> list[dict[str, Any]]:
+    """Device time of one call by kernel, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as record:
+        call()
+        torch.cuda.synchronize()
+    rows = sorted(record.key_averages(), key=lambda row: -row.self_device_time_total)
+    return [
+        {"ms": round(row.self_device_time_total / 1e3, 3), "count": row.count, "kernel": row.key[:140]}
+        for row in rows[:top]
+    ]
+
+
+def speed_case(mode: Mode, options: Options, blocks: int, profiled: bool) -> dict[str, Any]:
+    began = time.perf_counter()
+    model = random_live_avatar(options, device="cuda")
+    torch.cuda.synchronize()
+    loaded = time.perf_counter()
+    mode.apply(model)
+    with torch.no_grad():
+        result = speed(model, blocks, profiled)
+    ceilings = measure_ceilings(model.dit.config, options)
+    floor = Work.of(model.dit.config, options).floor_ms(ceilings, mode.float8)
+    return {
+        **result,
+        "load_s": round(loaded - began, 2),
+        "floor_step_ms": round(floor, 1),
+        "step_over_floor": round(result["step_ms"] / floor, 3),
+        "ceilings_tflops": {name: round(value) for name, value in vars(ceilings).items()},
+    }
+
+
+# Errors.
+
+
+def errors(modes: list[str], options: Options, layers: int, blocks: int = 3) -> dict[str, Any]:
+    """Relative error of the latents of some blocks against float32, on the same weights, by mode.
+
+    Full width and few layers, so that the float32 model fits; weights are rounded to bfloat16 first, so that what is
+    measured is the arithmetic and not the storage of the weights.
+    """
+    inject = tuple(i for i in DiTConfig().audio_inject_layers if i < layers)
+    config = replace(DiTConfig(), num_layers=layers, audio_inject_layers=inject)
+    exact: list[Tensor] = []
+    result: dict[str, Any] = {}
+    for name in ["float32", *modes]:
+        model = random_live_avatar(options, config, device="cuda", dtype=torch.bfloat16, vae_width=16, speech_layers=1)
+        if name == "float32":
+            model.dit.float()
+        else:
+            MODES[name].apply(model)
+        with torch.no_grad():
+            latents, velocities = stream(model.dit, options, blocks)
+        if name == "float32":
+            exact = [*latents, *velocities]
+        else:
+            apart = [relative(ours, theirs) for ours, theirs in zip([*latents, *velocities], exact)]
+            result[name] = {"latents": apart[:blocks], "velocities": apart[blocks:]}
+        del model
+        torch.cuda.empty_cache()
+    return result
+
+
+def stream(dit: CausalDiT, options: Options, blocks: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Latents of some blocks from fixed inputs, and the velocity of each first step, in float32."""
+    generator = torch.Generator("cuda").manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(torch.bfloat16).to(dit.dtype)
+
+    h, w = options.height // 8, options.width // 8
+    text = dit.encode_text(draw(1, 64, dit.config.text_dim))
+    conditioning = dit.prefill(draw(1, 16, 1, h, w), draw(1, 16, 19, h, w), text)
+    levels = sigmas(options.steps, merge_last_step=options.merge_last_step).to("cuda")
+    times = step_modulations(dit, levels, levels.device)
+    caches = [dit.new_cache(conditioning, LATENTS_PER_BLOCK * options.ring_blocks) for _ in times]
+    latents, velocities = [], []
+    for b in range(blocks):
+        audio = dit.prepare_audio(dit.encode_audio(draw(1, dit.config.audio_layers, dit.config.audio_dim, 12)))
+        noise, f0 = draw(1, 16, LATENTS_PER_BLOCK, h, w), LATENTS_PER_BLOCK * b
+        velocity = dit.step(noise, times[0], conditioning, text, audio, caches[0], f0, 30 + f0)
+        velocities.append(velocity.float().cpu())
+        positions = [30 + f0] * len(times)
+        x = denoise_block(dit, noise, conditioning, caches, levels, times, text, audio, f0, positions)
+        latents.append(x.float().cpu())
+    return latents, velocities
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float(f"{float((ours - theirs).norm() / theirs.norm()):.2e}")
+
+
+def facts() -> dict[str, Any]:
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": device.name,
+        "memory_gb": round(device.total_memory / 1e9, 1),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "errors"])
+    parser.add_argument("--modes", default="bf16,bf16-compiled-vae,float8-compiled-vae")
+    parser.add_argument("--size", default="704x384")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--merge", action="store_true", help="leave out the last denoising step")
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--profile", action="store_true")
+    chosen = parser.parse_args(arguments)
+    width, height = map(int, chosen.size.split("x"))
+    options = Options(width=width, height=height, steps=chosen.steps, merge_last_step=chosen.merge)
+    modes = chosen.modes.split(",")
+    case = {"size": chosen.size, "steps": chosen.steps - chosen.merge}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if chosen.what == "errors":
+        found = errors(modes, options, chosen.layers)
+        print(json.dumps({"case": "errors", "layers": chosen.layers, **case, **found, "machine": facts()}), flush=True)
+        return
+    for mode in modes:
+        result = speed_case(MODES[mode], options, chosen.blocks, chosen.profile)
+        print(json.dumps({"case": "speed", "mode": mode, **case, **result, "machine": facts()}), flush=True)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,79 @@
+"""The fast modes compute what the plain networks compute. Captured graphs run as they are here, without a compiler."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from audio.chunk import AudioBlock
+from avatar.live_avatar import fast
+from avatar.live_avatar.dit import DiTConfig
+from avatar.live_avatar.generator import Options, random_live_avatar
+from avatar.model import Reference
+from avatar.quantize import Float8Linear
+
+BLOCK = 7_680
+CONFIG = DiTConfig(
+    dim=64, ffn_dim=96, num_heads=2, num_layers=4, text_dim=32, audio_dim=64, audio_layers=2, audio_inject_layers=(0, 3)
+)
+OPTIONS = Options(width=64, height=64, clip_blocks=2, ring_blocks=2, motion_frames=25, prime_latents=3)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts the graphs that are captured."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counter, **options))
+    yield counter
+    torch._dynamo.reset()
+
+
+def run(*changes, blocks=3, options=OPTIONS):
+    """Latents and frames of some blocks of a model that was changed."""
+    model = random_live_avatar(options, CONFIG, dtype=torch.float32, vae_width=16, speech_layers=1)
+    for change in changes:
+        change(model)
+    picture = np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8)
+    state = model.start(Reference(picture, seed=1))
+    out = []
+    for i in range(blocks):
+        samples = 0.1 * np.random.default_rng(i).standard_normal(BLOCK).astype(np.float32)
+        latents = model.denoise(state, AudioBlock(samples, i * BLOCK, BLOCK))
+        out += [latents, model.decode(state, latents)]
+    return out
+
+
+def furthest(ours, theirs):
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run()
+
+
+def test_all_blocks_and_all_injectors_share_their_graphs(graphs, plain):
+    compiled = run(lambda model: fast.compile_transformer(model.dit))
+    assert graphs.frame_count == 4  # before and after a block's attention, an injector, the head
+    assert furthest(compiled, plain) < 1e-5
+
+
+def test_the_decoder_is_one_graph_and_takes_a_block_at_once(graphs, plain):
+    compiled = run(lambda model: fast.compile_vae(model.vae))
+    assert graphs.frame_count == 1
+    assert furthest(compiled, plain) < 1e-5
+
+
+def test_eight_bit_products_stay_near(plain):
+    assert furthest(run(lambda model: fast.use_float8(model.dit)), plain) < 0.1
+
+
+def test_what_is_computed_in_float32_keeps_its_weights():
+    model = random_live_avatar(OPTIONS, CONFIG, vae_width=4, speech_layers=1)
+    assert fast.use_float8(model.dit) == 4 * 10 + 2 * 5
+    kinds = {name.split(".")[0] for name, layer in model.dit.named_modules() if isinstance(layer, Float8Linear)}
+    assert kinds == {"blocks", "audio_injector"}
