@@ -79,6 +79,7 @@ class PushSource:
         self._limit = max(1, round(ahead_s * sample_rate))
         self._chunks: deque[NDArray[np.float32]] = deque()
         self._waiting = 0
+        self._in_utterance = False
         self._closed = False
         self._error: BaseException | None = None
         self._room = asyncio.Event()
@@ -106,6 +107,16 @@ class PushSource:
             else:
                 self._room.clear()
                 await self._room.wait()
+
+    def end_utterance(self) -> None:
+        """What was pushed so far is whole, and need not wait for more: the reader gets an empty chunk after it.
+
+        Never waits; without effect once closed, or where no sound came since the last time.
+        """
+        if not self._closed and self._in_utterance:
+            self._chunks.append(np.zeros(0, np.float32))
+            self._in_utterance = False
+            self._news.set()
 
     def push_newest(self, chunk: AudioChunk) -> int:
         """Add sound (copied) without waiting; the oldest makes room for it. Gives how many samples were dropped.
@@ -135,6 +146,7 @@ class PushSource:
         dropped = self._waiting
         self._chunks.clear()
         self._waiting = 0
+        self._in_utterance = False
         self._room.set()
         return dropped
 
@@ -155,14 +167,19 @@ class PushSource:
     async def read(self) -> AudioChunk | None:
         """All the sound that waits, in one chunk, waiting for some; None at the end.
 
+        At most up to the end of an utterance, which is then told by an empty chunk.
         Raises: the error that the source was closed with, after the sound, on this and every later call.
         """
         while not self._chunks and not self._closed:
             self._news.clear()
             await self._news.wait()
         if self._chunks:
-            samples = self._chunks[0] if len(self._chunks) == 1 else np.concatenate(self._chunks)
-            self.drop()
+            taken = [self._chunks.popleft()]
+            while taken[-1].size and self._chunks and self._chunks[0].size:
+                taken.append(self._chunks.popleft())
+            samples = taken[0] if len(taken) == 1 else np.concatenate(taken)
+            self._waiting -= samples.size
+            self._room.set()
             return AudioChunk(samples, self.sample_rate)
         if self._error is not None:
             raise self._error
@@ -182,4 +199,5 @@ class PushSource:
             numbers = np.nan_to_num(np.array(samples, np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
             self._chunks.append(numbers.clip(-1.0, 1.0, out=numbers))
             self._waiting += samples.size
+            self._in_utterance = True
             self._news.set()

@@ -531,6 +531,41 @@ def test_a_decoder_serves_a_second_utterance_after_flush():
         assert sum(chunk.samples.size for chunk in got) == 1600
 
 
+@pytest.mark.parametrize(("rate", "held_s"), [(8000, 0.031), (16_000, 0.016), (44_100, 0.006), (48_000, 0.0)])
+def test_a_live_decoder_holds_little_back_and_always_as_much(rate, held_s):
+    decoder = PcmDecoder(PcmFormat("s16le", rate), 48_000, live=True)
+    came = given = 0.0
+    for number in range(200):
+        given += decoder.feed(bytes(rate // 50 * 2)).samples.size / 48_000
+        came += rate // 50 / rate
+        assert came - given <= held_s
+        assert number < 10 or came - given >= 0.9 * held_s
+    given += decoder.flush().samples.size / 48_000
+    assert given == pytest.approx(came, abs=0.001)
+
+
+@pytest.mark.parametrize("rate", [8000, 16_000, 44_100, 96_000])
+def test_a_live_decoder_gives_the_same_sound(rate):
+    truth = voice(2.0, rate)[:, 0]
+    data = (truth * 2**15).astype("<i2").tobytes()
+    usual, live = (PcmDecoder(PcmFormat("s16le", rate), 48_000, live=live) for live in (False, True))
+    expected = np.concatenate([usual.feed(data).samples, usual.flush().samples])
+    chunks = [live.feed(data[i : i + 777]).samples for i in range(0, len(data), 777)]
+    got = np.concatenate([*chunks, live.flush().samples])
+    assert len(got) == pytest.approx(len(expected), abs=2)
+    middle = slice(2000, len(expected) - 2000)
+    assert np.abs(got[middle] - expected[middle]).max() < 0.05  # they differ by up to 0.04 ms in time
+
+
+def test_in_a_pause_what_was_held_back_comes_out_and_half_a_sample_still_waits():
+    decoder = PcmDecoder(PcmFormat("s16le", 16_000), 48_000, live=True)
+    samples = decoder.feed(bytes(3201)).samples.size + decoder.pause().samples.size
+    assert samples == 4800
+    loud = np.full(1600, 2**14, "<i2").tobytes()
+    after = np.concatenate([decoder.feed(loud[1:]).samples, decoder.flush().samples])
+    assert after[300:4000] == pytest.approx(0.5, abs=0.001)
+
+
 @pytest.mark.parametrize(
     ("text", "parsed"),
     [
@@ -548,7 +583,9 @@ def test_a_pcm_format_is_read_from_text(text, parsed):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("s16be:16000:1", "PCM format 's16be': unknown; use one of s16le, s24le"),
+        ("s16be:16000:1", r"PCM format 's16be': unknown; did you mean 's16le'\? There are s16le, s24le"),
+        ("pcm_f32:16000", r"did you mean 'f32le'\?"),
+        ("wav", "PCM format 'wav': unknown; use one of s16le, s24le"),
         ("s16le:fast", "PCM format 's16le:fast': not encoding:rate:channels, such as s16le:16000:1"),
         ("s16le:16000:1:2", "not encoding:rate:channels"),
         ("s16le:0", "PCM sample rate 0: not within 1000 and 768000 Hz"),

@@ -284,3 +284,58 @@ async def test_what_is_not_a_number_becomes_silence_and_the_callers_buffer_stays
 async def test_another_sample_rate_is_refused():
     with pytest.raises(ValueError, match="8000 Hz for a source at 1000 Hz"):
         await PushSource(RATE).push(chunk(0.5, rate=8000))
+
+
+# Utterances
+
+
+async def test_the_end_of_an_utterance_is_told_after_its_sound():
+    source = PushSource(RATE)
+    await source.push(chunk(1, 0.5))
+    await source.push(chunk(0.25))
+    source.end_utterance()
+    await source.push(chunk(0.125))
+    assert (await source.read()).samples.tolist() == [1, 0.5, 0.25]
+    assert (await source.read()).samples.size == 0
+    assert (await source.read()).samples.tolist() == [0.125]
+
+
+async def test_the_end_of_an_utterance_is_told_though_its_sound_was_read_before():
+    source = PushSource(RATE)
+    await source.push(chunk(1))
+    await source.read()
+    reader = asyncio.create_task(source.read())
+    await settle()
+    source.end_utterance()
+    assert (await reader).samples.size == 0
+
+
+async def test_an_utterance_ends_once_and_not_without_sound():
+    source = PushSource(RATE)
+    source.end_utterance()
+    await source.push(chunk(1))
+    source.end_utterance()
+    source.end_utterance()
+    source.close()
+    source.end_utterance()
+    assert [c.samples.tolist() async for c in source] == [[1.0], []]
+
+
+async def test_sound_that_was_dropped_has_no_end():
+    source = PushSource(RATE)
+    await source.push(chunk(1))
+    source.end_utterance()
+    source.drop()
+    await source.push(chunk(0.5))
+    assert (await source.read()).samples.tolist() == [0.5]
+
+
+async def test_dropping_the_oldest_sound_keeps_the_count_where_utterances_end():
+    source = PushSource(RATE, ahead_s=0.004)
+    for number in range(10):
+        source.push_newest(chunk(number / 10))
+        source.end_utterance()
+    got = []
+    while source.waiting_s:
+        got += (await source.read()).samples.tolist()
+    assert got == pytest.approx([0.6, 0.7, 0.8, 0.9])
