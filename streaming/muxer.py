@@ -90,6 +90,8 @@ class Muxer:
         assert self._begin is not None
         if self._begin and time_of(packet) < self._begin:
             return
+        assert packet.pts is not None
+        assert packet.dts is not None
         shift = round(self._begin / packet.time_base)
         # A copy: mux() rescales the packet it is given, in place, to the time base of its container.
         copy = av.Packet(bytes(packet))
@@ -101,7 +103,13 @@ class Muxer:
 
 def time_of(packet: Packet) -> Fraction:
     """When a packet is shown or heard, in seconds of its encoder; there are no B-frames, so it is decoded then too."""
+    assert packet.pts is not None
     return packet.pts * packet.time_base
+
+
+def length_s(packets: Iterable[Packet]) -> float:
+    """Seconds of stream in these packets: the time base of a picture is how long it is shown."""
+    return sum(float(packet.time_base) for packet in packets if packet.stream.type == "video")
 
 
 def rewrite_for_players(part: Path, whole: Path, metadata: Mapping[str, str]) -> None:

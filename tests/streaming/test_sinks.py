@@ -110,7 +110,7 @@ async def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
         ("{tmp}/a.avi", "file type '.avi' is not one we write"),
         ("{tmp}/a", "file without a type"),
         ("-", "file without a type"),
-        ("rtmp://host/live/secret-key", r"rtmp://: no such output; write to a file"),
+        ("rtsp://host/live/secret-key", r"rtsp://: no such output; there is a file \(.mp4"),
         ("s3://bucket/a.mp4", r"s3://: no such output"),
         ("{tmp}/" + "x" * 300 + ".mp4", "name too long"),
     ],

@@ -1,0 +1,343 @@
+"""Outputs on the disk: one MP4, a recording in MP4s of equal length, and HLS for browsers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import glob
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import av
+from av.packet import Packet
+from av.stream import Stream
+
+from streaming.muxer import Muxer, flush_to_disk, rewrite_for_players, time_of
+from streaming.sink import SinkError, reason
+
+R = TypeVar("R")
+
+FILE_TYPES = (".mp4", ".m4v", ".mov")
+
+HLS_SEGMENT_S = 2
+HLS_ROLLING_SEGMENTS = 6
+HLS_KEPT_SEGMENTS = 3
+"""Segments that left a rolling playlist and may still be on their way to a player."""
+
+
+class _OnDisk:
+    """What all outputs on the disk do alike: whatever may wait for the disk happens in a thread of their own."""
+
+    live: ClassVar[bool] = False
+    pending_s = 0.0
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+        self._muxer: Muxer | None = None
+        self._output: Path | None = None
+        self._closed = False
+        # One thread: a write that its task no longer waits for still ends before the close that follows it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk")
+
+    @property
+    def output(self) -> Path | None:
+        return self._output
+
+    async def open(self) -> None:
+        await self._in_thread(self._claim)
+
+    async def start(self, streams: Sequence[Stream], metadata: Mapping[str, str]) -> None:
+        self._muxer = await self._in_thread(lambda: self._new_muxer(streams, metadata))
+
+    async def write(self, packets: Sequence[Packet]) -> None:
+        assert self._muxer is not None, "write() before start()"
+        muxer = self._muxer
+        await self._in_thread(lambda: muxer.mux(packets))
+
+    async def close(self, complete: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self._in_thread(self._finish if complete else self._keep)
+        finally:
+            self._thread.shutdown(wait=False)
+
+    def _claim(self) -> None:
+        """Make sure of the place, in the thread."""
+        raise NotImplementedError
+
+    def _new_muxer(self, streams: Sequence[Stream], metadata: Mapping[str, str]) -> Muxer:
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """End what is complete."""
+        raise NotImplementedError
+
+    def _keep(self) -> None:
+        """End what is not."""
+        raise NotImplementedError
+
+    def _check_folder(self, example: str) -> None:
+        folder = self._path.parent
+        if self._path.is_dir():
+            raise SinkError(f"{self._path}: is a folder; name a file in it, such as {self._path / example}")
+        if not folder.is_dir():
+            raise SinkError(f"{self._path}: there is no folder {folder}; create it first")
+
+    async def _in_thread(self, work: Callable[[], R]) -> R:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except (OSError, av.error.FFmpegError) as error:
+            raise SinkError(f"{self._path}: {reason(error)}") from error
+
+
+class FileSink(_OnDisk):
+    """An MP4 whose final name only ever holds a finished file.
+
+    It grows as NAME.part.mp4 in the same folder, playable at any moment. Closed as complete it is rewritten for
+    players (index first) and renamed; closed as incomplete, or when the disk fails, the part stays if it has a picture.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        super().__init__(path)
+        if path.suffix.lower() not in FILE_TYPES and not path.is_dir():
+            kind = f"file type {path.suffix!r}" if path.suffix else "file without a type"
+            raise SinkError(f"{path}: {kind} is not one we write; end the name in {' or '.join(FILE_TYPES)}")
+        self._overwrite = overwrite
+        self._part: Path | None = None
+        self._metadata: dict[str, str] = {}
+
+    def _claim(self) -> None:
+        self._check_folder("out.mp4")
+        self._check_target()
+        # Never the name of an older part: it may be all that is left of someone's hour.
+        for number in range(1, 1000):
+            middle = ".part" if number == 1 else f".part-{number}"
+            part = self._path.with_name(f"{self._path.stem}{middle}{self._path.suffix}")
+            try:
+                os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            except FileExistsError:
+                continue
+            self._part = part
+            return
+        raise SinkError(f"{self._path}: a thousand unfinished parts lie beside it; remove some")
+
+    def _new_muxer(self, streams: Sequence[Stream], metadata: Mapping[str, str]) -> Muxer:
+        assert self._part is not None, "start() before open()"
+        self._metadata = dict(metadata)
+        return Muxer(self._part, streams, metadata)
+
+    def _check_target(self) -> None:
+        if self._path.exists() and not self._overwrite:
+            raise SinkError(f"{self._path}: exists already; remove it, choose another name, or add --overwrite")
+
+    def _finish(self) -> None:
+        assert self._part is not None
+        assert self._muxer is not None
+        whole = self._part.with_name(f".{self._part.name}")
+        try:
+            self._muxer.close()
+            rewrite_for_players(self._part, whole, self._metadata)
+            self._check_target()
+            os.replace(whole, self._path)
+        except BaseException as error:
+            whole.unlink(missing_ok=True)
+            self._keep()
+            if self._output is not None and isinstance(error, (OSError, av.error.FFmpegError, SinkError)):
+                what = str(error) if isinstance(error, SinkError) else f"{self._path}: {reason(error)}"
+                raise SinkError(f"{what}; the video is in {self._output}") from error
+            raise
+        self._output = self._path
+        self._part.unlink(missing_ok=True)
+        flush_to_disk(self._path.parent)
+
+    def _keep(self) -> None:
+        if self._part is None:
+            return
+        if self._muxer is not None:
+            # After a failed write the trailer fails as well; the fragments written so far are what counts.
+            with contextlib.suppress(OSError, av.error.FFmpegError):
+                self._muxer.close()
+        if _has_picture(self._part):
+            self._output = self._part
+        else:
+            self._part.unlink(missing_ok=True)
+
+
+class HlsSink(_OnDisk):
+    """HTTP Live Streaming: a playlist and its segments (fragmented MP4) in one folder, for any web server and browser.
+
+    Players never see half a file: segments and playlist are renamed when they are whole. A rolling playlist names the
+    last segments, and older ones are deleted; an event playlist keeps all. The numbers of segments go on from those of
+    an earlier session, so no cache between here and the player mistakes one for another.
+    """
+
+    def __init__(self, path: Path, event: bool = False, overwrite: bool = False) -> None:
+        super().__init__(path)
+        self._event, self._overwrite = event, overwrite
+
+    def _claim(self) -> None:
+        self._check_folder("live.m3u8")
+        if "%" in str(self._path.absolute()):
+            raise SinkError(f"{self._path}: FFmpeg takes the % in it for the number of a segment; use another name")
+        if self._path.exists() and not self._overwrite:
+            raise SinkError(f"{self._path}: exists already; remove it, choose another name, or add --overwrite")
+        if not os.access(self._path.parent, os.W_OK):
+            raise PermissionError(13, "permission denied")
+
+    def _new_muxer(self, streams: Sequence[Stream], metadata: Mapping[str, str]) -> Muxer:
+        stem = self._path.stem
+        for old in (self._path, *self._path.parent.glob(f"{glob.escape(stem)}-*.m4s")):
+            old.unlink(missing_ok=True)
+        flags = "independent_segments+program_date_time+temp_file"
+        options = {
+            "hls_time": str(HLS_SEGMENT_S),
+            "hls_segment_type": "fmp4",
+            # Absolute, since "12:30/live" would begin with a protocol; what is named "file:..." FFmpeg never deletes.
+            "hls_segment_filename": str(self._path.absolute().with_name(f"{stem}-%d.m4s")),
+            "hls_fmp4_init_filename": f"{stem}-init.mp4",
+            "hls_start_number_source": "epoch",
+        }
+        if self._event:
+            options |= {"hls_playlist_type": "event", "hls_list_size": "0", "hls_flags": flags}
+        else:
+            options |= {
+                "hls_list_size": str(HLS_ROLLING_SEGMENTS),
+                "hls_delete_threshold": str(HLS_KEPT_SEGMENTS),
+                "hls_flags": f"{flags}+delete_segments",
+            }
+        return Muxer(self._path, streams, metadata, "hls", options)
+
+    def _finish(self) -> None:
+        if self._muxer is not None:
+            self._muxer.close()
+        self._output = self._path if self._path.exists() else None
+
+    def _keep(self) -> None:
+        # What is there plays, whether or not more should have come.
+        with contextlib.suppress(OSError, av.error.FFmpegError):
+            self._finish()
+
+
+class SegmentSink:
+    """A recording in MP4s of equal length, each finished and playable by itself, cut at keyframes.
+
+    Every picture and every packet of sound is in exactly one of them. A kill costs what it costs a single file: the
+    last moment of the one that grows. A name with % fields is filled by strftime with the time a file begins; any other
+    gets a number, which goes on from what lies in the folder. Nothing is ever overwritten.
+
+    Args:
+        seconds: length of a file; it ends at the first keyframe after that.
+        now: the wall clock, for names.
+    """
+
+    live: ClassVar[bool] = False
+    pending_s = 0.0
+
+    def __init__(self, path: Path, seconds: float, now: Callable[[], datetime] = datetime.now) -> None:
+        self.name = f"segment:{seconds:g}:{path}"
+        self._path, self._seconds, self._now = path, Fraction(seconds), now
+        self._file = FileSink(self._next_path())
+        self._finished: Path | None = None
+        self._begin: Fraction | None = None
+        self._sound: deque[Packet] = deque()
+        self._finishing: tuple[FileSink, asyncio.Task[None]] | None = None
+        self._streams: Sequence[Stream] = ()
+        self._metadata: Mapping[str, str] = {}
+        self._closed = False
+
+    @property
+    def output(self) -> Path | None:
+        return self._file.output or self._finished
+
+    async def open(self) -> None:
+        await self._file.open()
+
+    async def start(self, streams: Sequence[Stream], metadata: Mapping[str, str]) -> None:
+        self._streams, self._metadata = streams, metadata
+        await self._file.start(streams, metadata)
+
+    async def write(self, packets: Sequence[Packet]) -> None:
+        batch: list[Packet] = []
+        for packet in packets:
+            if packet.stream.type != "video":
+                # Held until the picture of its time has come, which decides where it belongs.
+                self._sound.append(packet)
+                continue
+            time = time_of(packet)
+            while self._sound and time_of(self._sound[0]) < time:
+                batch.append(self._sound.popleft())
+            if self._begin is None:
+                self._begin = time
+            elif packet.is_keyframe and time - self._begin >= self._seconds:
+                await self._file.write(batch)
+                await self._next_file()
+                self._begin, batch = time, []
+            batch.append(packet)
+        await self._file.write(batch)
+
+    async def close(self, complete: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._begin is not None:
+                await self._file.write(self._sound)
+        except SinkError:
+            complete = False
+            raise
+        finally:
+            try:
+                await self._file.close(complete)
+            finally:
+                await self._old_file()
+
+    async def _next_file(self) -> None:
+        """Go on in a new file; the old one is finished meanwhile."""
+        await self._old_file()
+        old, self._file = self._file, FileSink(self._next_path())
+        self._finishing = old, asyncio.create_task(old.close(complete=True), name=f"finish {old.name}")
+        await self._file.open()
+        await self._file.start(self._streams, self._metadata)
+
+    async def _old_file(self) -> None:
+        finishing, self._finishing = self._finishing, None
+        if finishing is not None:
+            file, task = finishing
+            await task
+            self._finished = file.output
+
+    def _next_path(self) -> Path:
+        """The first free name, counted from what lies in the folder: finished files and parts."""
+        folder, stem, suffix = self._path.parent, self._path.stem, self._path.suffix
+        timed = "%" in stem
+        if timed:
+            stem = self._now().strftime(stem)
+        mine = re.compile(rf"{re.escape(stem)}(?:-(\d+))?(?:\.part(?:-\d+)?)?{re.escape(suffix)}")
+        taken = [int(match[1] or 1) for name in _names(folder) if (match := mine.fullmatch(name))]
+        number = max(taken, default=0) + 1
+        return folder / (f"{stem}{suffix}" if timed and number == 1 else f"{stem}-{number:04}{suffix}")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []  # opening the file will say what is wrong with it
+
+
+def _has_picture(path: Path) -> bool:
+    try:
+        with av.open(f"file:{path}") as container:
+            return next(container.decode(video=0), None) is not None
+    except (OSError, av.error.FFmpegError, IndexError):
+        return False

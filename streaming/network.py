@@ -1,0 +1,434 @@
+"""Outputs at the other end of a network: RTMP, RTMPS and SRT, each connection in a process that can be killed.
+
+The packets are muxed here, and `streaming.publish` passes the bytes on. Deadlines are asyncio's, and an output is
+judged by how far its bytes have come: the buffers of two kernels hide a dead server for seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import os
+import socket
+import ssl
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import av
+from av.packet import Packet
+from av.stream import Stream
+
+from audio.urls import blanked, redacted
+from streaming.muxer import FLV, MPEGTS, Muxer, length_s
+from streaming.sink import SinkError, TargetAbsent, TargetRefused, reason
+
+log = logging.getLogger(__name__)
+
+CONTAINERS = {"rtmp": ("flv", FLV), "rtmps": ("flv", FLV), "srt": ("mpegts", MPEGTS)}
+
+PORTS = {"rtmp": 1935, "rtmps": 443}
+
+HANDSHAKE = 1536
+"""Bytes of an RTMP handshake's first answer, after its version."""
+
+CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem")
+"""Where systems keep the certificates that they trust, beside where Python's OpenSSL was told to look."""
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+
+READ_SHARE = 4
+"""The other end is alive when it reads at least one of so many bytes that it is sent."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long to wait, in seconds.
+
+    spawn_s: for the process to begin; open_s: for the server to take the connection, its handshake and the stream;
+    stall_s: for progress; close_s: for a goodbye. window_s: how much of the stream may be on its way to the wire.
+    """
+
+    spawn_s: float = 20.0
+    open_s: float = 5.0
+    stall_s: float = 4.0
+    close_s: float = 2.0
+    window_s: float = 0.5
+
+
+class NetworkSink:
+    """One connection to a server: rtmp://, rtmps:// (certificates are verified) or srt://.
+
+    Raises: SinkError: a URL that names no server.
+    """
+
+    live: ClassVar[bool] = True
+    output: Path | None = None
+
+    def __init__(self, url: str, limits: Limits | None = None) -> None:
+        self.name = redacted(url)
+        self._url, self._limits = url, limits or Limits()
+        self._scheme, self._host, self._port = _address(url)
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
+        self._state = "new"
+        self._error: Exception | None = None
+        self._muxer: Muxer | None = None
+        self._bytes = _Bytes()
+        self._flow = Flow(self._limits.stall_s)
+
+    @property
+    def pending_s(self) -> float:
+        return self._flow.pending_s
+
+    async def open(self) -> None:
+        if self._scheme == "srt":
+            _check_protocol(self._scheme)
+            return
+        await probe(self.name, self._host, self._port, self._limits.open_s, tls=self._scheme == "rtmps")
+
+    async def start(self, streams: Sequence[Stream], metadata: Mapping[str, str]) -> None:
+        container, options = CONTAINERS[self._scheme]
+        self._muxer = Muxer(self._bytes, streams, metadata, container, options)
+        try:
+            async with asyncio.timeout(self._limits.spawn_s):
+                await self._spawn()
+                await self._until(lambda: self._state != "new")
+        except TimeoutError:
+            raise SinkError(
+                f"{self.name}: the publishing process did not begin in {self._limits.spawn_s:g} s"
+            ) from None
+        request = {
+            "url": self._url,
+            "options": self._options(),
+            "open_s": 2 * self._limits.open_s,
+            "close_s": 2 * self._limits.close_s,
+        }
+        self._send(json.dumps(request).encode() + b"\n")
+        try:
+            async with asyncio.timeout(self._limits.open_s):
+                await self._until(lambda: self._state == "connected")
+        except TimeoutError:
+            raise TargetAbsent(
+                f"{self.name}: the server did not take the stream in {self._limits.open_s:g} s"
+            ) from None
+
+    async def write(self, packets: Sequence[Packet]) -> None:
+        assert self._muxer is not None, "write() before start()"
+        for packet in packets:
+            await self._until(lambda: self._flow.pending_s < self._limits.window_s)
+            self._muxer.mux([packet])
+            part = self._bytes.take()
+            self._send(part)
+            self._flow.wrote(len(part), length_s([packet]))
+
+    async def close(self, complete: bool) -> None:
+        if self._state == "closed":
+            return
+        say_goodbye = self._state == "connected" and self._error is None
+        self._state = "closed"
+        if self._process is None:
+            return
+        try:
+            if say_goodbye:
+                assert self._muxer is not None
+                self._muxer.close()
+                self._send(self._bytes.take())
+                assert self._process.stdin is not None
+                self._process.stdin.close()
+                async with asyncio.timeout(self._limits.close_s):
+                    await self._process.wait()
+        except TimeoutError:
+            log.debug("%s: no goodbye in %g s", self.name, self._limits.close_s)
+        finally:
+            await self._end()
+
+    def _options(self) -> dict[str, str]:
+        options = {"flush_packets": "1"}
+        if self._scheme == "rtmp":
+            options["tcp_nodelay"] = "1"
+        if self._scheme == "rtmps":
+            options["tls_verify"] = "1"
+            if ca_file := _ca_file():
+                options["ca_file"] = ca_file
+        return options
+
+    async def _spawn(self) -> None:
+        path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-P", "-m", "streaming.publish"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            # A traceback could quote the URL.
+            stderr=asyncio.subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+            # Ctrl-C is for us: the connection ends with a goodbye.
+            start_new_session=True,
+        )
+        self._reader = asyncio.create_task(self._read(), name=f"reports of {self.name}")
+
+    def _send(self, part: bytes) -> None:
+        # No drain: the window bounds what can be under way, and the reader learns first when the process dies.
+        assert self._process is not None
+        assert self._process.stdin is not None
+        if not self._process.stdin.is_closing():
+            self._process.stdin.write(part)
+
+    async def _until(self, reached: Callable[[], bool]) -> None:
+        """Wait for something that a report brings. Raises: SinkError: the connection failed before or meanwhile."""
+        while self._error is None and not reached():
+            self._news.clear()
+            await self._news.wait()
+        if self._error is not None:
+            raise self._error
+
+    async def _read(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        while self._error is None:
+            try:
+                # A process that was stopped, or has no time, reports nothing.
+                async with asyncio.timeout(self._limits.stall_s if self._state == "connected" else None):
+                    line = await self._process.stdout.readline()
+            except TimeoutError:
+                self._fail(
+                    SinkError(f"{self.name}: the publishing process said nothing for {self._limits.stall_s:g} s")
+                )
+                return
+            if not line:
+                status = await self._process.wait()
+                self._fail(SinkError(f"{self.name}: the publishing process ended with status {status}"))
+                return
+            self._take(json.loads(line))
+
+    def _take(self, report: dict[str, Any]) -> None:
+        event = report.pop("event")
+        if event == "progress":
+            self._flow.report(**report)
+            if self._flow.stalled and self._state == "connected":
+                self._fail(SinkError(f"{self.name}: the server has taken nothing for {self._limits.stall_s:g} s"))
+        elif event == "failed":
+            self._fail(self._cause(**report))
+        elif self._state != "closed":
+            self._state = event
+        self._news.set()
+
+    def _fail(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+        self._kill()
+        self._news.set()
+
+    def _cause(self, kind: str, why: str, log: Sequence[str], trace: str) -> Exception:
+        """What the process's last report means. FFmpeg says most of it in its log only."""
+        said = blanked("; ".join(log), self._url)
+        if trace:
+            return SinkError(f"{self.name}: the publishing process failed ({kind})\n{blanked(trace, self._url)}")
+        if self._state == "connected":
+            return SinkError(f"{self.name}: connection lost ({blanked(why, self._url)})")
+        if kind == "ConnectionRefusedError":
+            return TargetAbsent(f"{self.name}: connection refused; is the server running?")
+        if "ertificate" in said:
+            return TargetRefused(f"{self.name}: its certificate cannot be trusted; SSL_CERT_FILE names those that can")
+        if (at := said.find("Server error: ")) >= 0:
+            answer = said[at:].removeprefix("Server error: ").partition(";")[0]
+            return TargetRefused(f"{self.name}: the server refuses the stream: {answer}")
+        return TargetRefused(
+            f"{self.name}: the server ended the connection without a word; are application and stream key right?"
+        )
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def _end(self) -> None:
+        """No process and no task is left behind."""
+        assert self._process is not None
+        self._kill()
+        await self._process.wait()
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+class Flow:
+    """How far a stream of bytes has come on its way to the other end, by what the process that sends it reports.
+
+    pending_s: seconds of the stream that were written and have not left this machine; what is on the wire does not
+    count, so a long way is not taken for a narrow one. stalled: the other end takes nothing any more.
+    """
+
+    def __init__(self, stall_s: float) -> None:
+        self._stall_s = stall_s
+        self._written = 0
+        self._written_s = self._left_s = 0.0
+        self._marks: deque[tuple[int, float]] = deque()
+        self._reported_at: float | None = None
+        self._still_s = 0.0
+        self._anchor = (0, 0)
+        self.stalled = False
+
+    @property
+    def pending_s(self) -> float:
+        return self._written_s - self._left_s
+
+    def wrote(self, size: int, seconds: float) -> None:
+        """So many bytes more were written, with which so many seconds of the stream are complete."""
+        self._written += size
+        self._written_s += seconds
+        self._marks.append((self._written, self._written_s))
+
+    def report(self, at_s: float, taken: int, acked: int = 0, unsent: int = 0, window: int | None = None) -> None:
+        """How far it is at a time of the reporter's clock: bytes taken from us; and of the socket, where the system
+        says so, bytes that the other end has acknowledged, bytes not sent yet, and bytes that it would still take.
+
+        What a kernel at the other end acknowledges nobody may have read. But then what it would still take shrinks by
+        as much: only reading moves the sum of both.
+        """
+        left = taken - unsent
+        while self._marks and self._marks[0][0] <= left:
+            self._left_s = self._marks.popleft()[1]
+        read = left if window is None else acked + window
+        since = 0.0 if self._reported_at is None else at_s - self._reported_at
+        self._reported_at = at_s
+        # Not more at once than a report may be late: after the machine has slept nobody is to blame.
+        self._still_s += min(since, LATE_S)
+        moved, asked = read - self._anchor[0], self._written - self._anchor[1]
+        idle = not asked and left >= self._written
+        if idle or moved > asked / READ_SHARE:
+            self._anchor = read, self._written
+            self._still_s = 0.0
+        self.stalled = self._still_s > self._stall_s
+
+
+LATE_S = 0.5
+"""How late a report may be for the time since the last one to count in full."""
+
+
+class _Bytes:
+    """What a muxer has written and nobody has taken yet."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def write(self, part: bytes) -> int:
+        self._parts.append(bytes(part))
+        return len(part)
+
+    def take(self) -> bytes:
+        taken = b"".join(self._parts)
+        self._parts.clear()
+        return taken
+
+
+async def probe(name: str, host: str, port: int, limit_s: float, tls: bool = False) -> None:
+    """See whether an RTMP server answers: connect, and exchange the first half of the handshake.
+
+    It costs nothing and tells more than FFmpeg does. Raises: TargetAbsent, TargetRefused: with `name` and the cause.
+    """
+    writer = None
+    stage = "does not answer"
+    try:
+        async with asyncio.timeout(limit_s):
+            context = await asyncio.to_thread(ssl.create_default_context) if tls else None
+            stage = "was not found"
+            address = await _resolve(host, port)
+            stage = "does not answer"
+            reader, writer = await asyncio.open_connection(
+                address, port, ssl=context, server_hostname=host if tls else None
+            )
+            stage = "takes the connection and then says nothing; is it an RTMP server?"
+            writer.write(b"\3" + bytes(8) + os.urandom(HANDSHAKE - 8))
+            version = (await reader.readexactly(1 + HANDSHAKE))[0]
+    except TimeoutError:
+        raise TargetAbsent(f"{name}: the server {stage} ({limit_s:g} s)") from None
+    except ssl.SSLCertVerificationError as error:
+        raise TargetRefused(
+            f"{name}: its certificate cannot be trusted ({error.verify_message}); SSL_CERT_FILE names those that can"
+        ) from error
+    except ssl.SSLError as error:
+        raise TargetRefused(f"{name}: it does not speak TLS; is it rtmp:// ?") from error
+    except socket.gaierror as error:
+        raise TargetAbsent(f"{name}: no such host ({error.strerror})") from error
+    except ConnectionRefusedError as error:
+        raise TargetAbsent(f"{name}: connection refused; is the server running?") from error
+    except (OSError, EOFError) as error:
+        what = reason(error) if isinstance(error, OSError) else "it closed the connection"
+        raise TargetAbsent(f"{name}: no RTMP handshake ({what})") from error
+    finally:
+        if writer is not None:
+            writer.transport.abort()
+    if version != 3:
+        raise TargetRefused(f"{name}: what answers there is not an RTMP server")
+
+
+_lookups: dict[tuple[str, int], Future[str]] = {}
+
+
+async def _resolve(host: str, port: int) -> str:
+    """The address of a host. Raises: socket.gaierror.
+
+    Not by asyncio's own pool of threads: a name server that is silent would fill it, and a process that ends would wait
+    for it. There is one thread for each name that is being looked up, and nobody waits for it for ever.
+    """
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(host))
+    found = _lookups.get((host, port))
+    if found is None:
+        found = _lookups[host, port] = Future()
+        found.set_running_or_notify_cancel()  # so that who gives up waiting does not cancel it for the others
+
+        def look_up() -> None:
+            try:
+                found.set_result(str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]))
+            except BaseException as error:
+                found.set_exception(error)
+            finally:
+                del _lookups[host, port]
+
+        threading.Thread(target=look_up, name=f"look up {host}", daemon=True).start()
+    return await asyncio.wrap_future(found)
+
+
+def _address(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port of a URL. Raises: SinkError."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port or PORTS.get(parts.scheme, 0)
+    except ValueError as error:
+        raise SinkError(f"{redacted(url)}: its port is not a number from 1 to 65535") from error
+    if parts.hostname is None or any(character.isspace() or not character.isprintable() for character in url):
+        raise SinkError(f"{redacted(url)}: names no server; write {parts.scheme}://HOST/APPLICATION/KEY")
+    if parts.scheme in PORTS and not parts.path.strip("/"):
+        raise SinkError(f"{redacted(url)}: names no stream; write {parts.scheme}://HOST/APPLICATION/KEY")
+    return parts.scheme, parts.hostname, port
+
+
+def _check_protocol(scheme: str) -> None:
+    try:
+        av.open(f"{scheme}://", "r")
+    except av.error.ProtocolNotFoundError as error:
+        raise SinkError(
+            f"{scheme}://: the FFmpeg in this PyAV was built without it; use rtmp:// or rtmps://"
+        ) from error
+    except (OSError, ValueError):
+        return  # it is there, and says that this is no address
+
+
+def _ca_file() -> str | None:
+    """The certificates to trust, as one file. SSL_CERT_FILE is looked at first."""
+    return next(filter(os.path.isfile, filter(None, [ssl.get_default_verify_paths().cafile, *CA_FILES])), None)
