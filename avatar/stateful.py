@@ -70,20 +70,21 @@ def restore(tree: Tree, saved: Tree) -> Tree:
     """Bring `tree` back to `saved`, a clone made of it earlier, and give it.
 
     Tensors and arrays keep their memory, so addresses others hold (a captured graph, a view) stay true; `saved` stays
-    as it is and can be used again. Only where the two differ in kind, shape or number is anything made anew.
+    as it is and can be used again. Only where the two differ in kind, shape or number, or where `tree` has one thing in
+    two places and `saved` has two, is anything made anew.
     """
-    return _restore(tree, saved, {})
+    return _restore(tree, saved, {}, set())
 
 
-def save(tree: Any) -> list[memoryview]:
+def save(tree: Any, modules: Collection[str] = ()) -> list[memoryview]:
     """A state as bytes: what `load` takes is all parts one after another.
 
     The parts are the memory of its tensors and arrays where that can be had, so they are true until the state is used
     again. Whatever `clone` copies is kept to the bit, strides included; of a numpy generator what it draws, not what it
     would spawn.
-    Raises: TypeError: a leaf of a kind that has no place in a state, or a class that could not be found again.
+    Raises: TypeError: a leaf of a kind that has no place in a state, or a class that `load` would not find.
     """
-    saver = _Saver()
+    saver = _Saver(modules)
     root = saver.write(tree)
     text = json.dumps({"root": root, "nodes": saver.nodes, "bytes": [len(part) for part in saver.parts]}).encode()
     return [memoryview(HEAD.pack(MAGIC, len(text)) + text), *saver.parts]
@@ -187,15 +188,23 @@ def _clone_leaf(leaf: Any) -> Any:
     raise TypeError(f"a state holds {_kind(leaf)}, which cannot be cloned")
 
 
-def _restore(tree: Any, saved: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+def _restore(tree: Any, saved: Any, done: dict[int, tuple[Any, Any]], taken: set[int]) -> Any:
+    """`done` is what `saved` has become so far, as for `_clone`; `taken` are the parts of `tree` that became it."""
     if id(saved) in done:
         return done[id(saved)][1]
-    made = _restore_node(tree, saved, lambda t, s: _restore(t, s, done))
+    if id(tree) in taken:
+        return _clone(saved, done)
+    taken.add(id(tree))
+
+    def branch(t: Any, s: Any) -> Any:
+        return _restore(t, s, done, taken)
+
+    made = _restore_node(tree, saved, branch, lambda s: _clone(s, done))
     done[id(saved)] = saved, made
     return made
 
 
-def _restore_node(tree: Any, saved: Any, branch: Callable[[Any, Any], Any]) -> Any:
+def _restore_node(tree: Any, saved: Any, branch: Callable[[Any, Any], Any], clone: Callable[[Any], Any]) -> Any:
     torch = _torch()
     if type(tree) is not type(saved):
         return clone(saved)
@@ -205,7 +214,7 @@ def _restore_node(tree: Any, saved: Any, branch: Callable[[Any, Any], Any]) -> A
         return tree.copy_(saved)
     if isinstance(tree, np.ndarray):
         if (tree.shape, tree.dtype) != (saved.shape, saved.dtype) or not tree.flags.writeable:
-            return saved.copy()
+            return clone(saved)
         tree[...] = saved
         return tree
     if isinstance(tree, torch.Generator):
@@ -268,9 +277,10 @@ numpy itself does not look whether a state that it is given reaches beyond.
 class _Saver:
     """Writes a tree into a table of nodes and a list of bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Collection[str]) -> None:
         self.nodes: list[list[Any]] = []
         self.parts: list[memoryview] = []
+        self._modules = modules
         # The object is kept beside its place: as long as it lives, no other one has its id.
         self._places: dict[int, tuple[Any, int]] = {}
 
@@ -288,15 +298,15 @@ class _Saver:
         torch = _torch()
         if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
             values = {field.name: self.write(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
-            return ["dataclass", _name(type(tree)), values]
+            return ["dataclass", self._name(type(tree)), values]
         if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-            return ["namedtuple", _name(type(tree)), [self.write(child) for child in tree]]
+            return ["namedtuple", self._name(type(tree)), [self.write(child) for child in tree]]
         if type(tree) in (list, tuple):
             return [type(tree).__name__, [self.write(child) for child in tree]]
         if type(tree) is dict:
             return ["dict", [[self.write(key), self.write(value)] for key, value in tree.items()]]
         if isinstance(tree, enum.Enum):
-            return ["enum", _name(type(tree)), tree.name]
+            return ["enum", self._name(type(tree)), tree.name]
         if isinstance(tree, torch.nn.Parameter):
             raise TypeError("a state holds a parameter; weights belong to the model")
         if isinstance(tree, torch.Tensor):
@@ -341,6 +351,12 @@ class _Saver:
             str(tensor.device),
             where,
         ]
+
+    def _name(self, cls: type) -> str:
+        name = f"{cls.__module__}:{cls.__qualname__}"
+        if _find(name, self._modules) is not cls:
+            raise TypeError(f"a state holds a {name}, which is no class of a module of avatar or audio")
+        return name
 
     def _bytes(self, array: np.ndarray) -> int:
         self.parts.append(array.reshape(-1).view(np.uint8).data)
@@ -419,13 +435,10 @@ class _Loader:
         return made
 
     def _class(self, name: str) -> type:
-        """A class by module and name, found without running anything: only among what is imported already."""
-        module, _, path = name.partition(":")
-        if module.partition(".")[0] in OUR_PACKAGES or module in self._modules:
-            cls = _find(module, path)
-            if cls is not None:
-                return cls
-        raise StateError(f"{name[:80]!r} is no class that a state here may hold")
+        cls = _find(name, self._modules)
+        if cls is None:
+            raise StateError(f"{name[:80]!r} is no class that a state here may hold")
+        return cls
 
     def _tensor(self, dtype: str, shape: list[int], stride: list[int], device: str, memory: memoryview) -> Tensor:
         import torch
@@ -483,17 +496,16 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _name(cls: type) -> str:
-    """The name under which a class is found again. Raises: TypeError: it cannot be, since it is made in a function."""
-    if _find(cls.__module__, cls.__qualname__) is not cls:
-        raise TypeError(f"a state holds a {cls.__module__}.{cls.__qualname__}, which is no class of a module")
-    return f"{cls.__module__}:{cls.__qualname__}"
+def _find(name: str, modules: Collection[str]) -> type | None:
+    """A class by "module:name", from our packages or `modules`; None where that is no class that the module defines.
 
-
-def _find(module: str, path: str) -> type | None:
-    """The class of that name which that module itself defines; None where there is none."""
+    Nothing is run for it: the module is imported already, or the class is not found.
+    """
+    module, _, path = name.partition(":")
+    if module.partition(".")[0] not in OUR_PACKAGES and module not in modules:
+        return None
     found: Any = sys.modules.get(module)
-    for name in path.split("."):
-        found = getattr(found, "__dict__", {}).get(name)
+    for part in path.split("."):
+        found = getattr(found, "__dict__", {}).get(part)
     itself = isinstance(found, type) and (found.__module__, found.__qualname__) == (module, path)
     return found if itself else None

@@ -116,8 +116,9 @@ def _check_a_saved_state_goes_on(
     state = model.start(reference)
     before = model.step(state, first)
     resumable = isinstance(model, Resumable)
-    saved = b"".join(save(model.snapshot(state) if resumable else state))
-    loaded = load(saved, {type(state).__module__})
+    modules = {type(state).__module__}
+    saved = b"".join(save(model.snapshot(state) if resumable else state, modules))
+    loaded = load(saved, modules)
     other = model.resume(reference, loaded) if resumable else loaded
     for one, what in ((state, "saving a state changed it"), (other, "a saved state did not go on as the original did")):
         again = [made for block in rest for made in model.step(one, block)]

@@ -149,6 +149,17 @@ def test_restoring_across_a_change_of_shape() -> None:
     assert saved.memory["frame"].sum() == 0
 
 
+def test_restoring_parts_what_was_one_and_joins_what_was_two() -> None:
+    state: dict[str, Any] = {"a": torch.ones(2), "b": torch.zeros(2)}
+    apart = clone(state)
+    state["b"] = state["a"]
+    together = clone(state)
+    restore(state, apart)
+    assert [state["a"].tolist(), state["b"].tolist()] == [[1, 1], [0, 0]]
+    restore(state, together)
+    assert state["a"] is state["b"]
+
+
 @pytest.mark.parametrize("stranger", [object(), torch.nn.Linear(1, 1), torch.nn.Parameter(torch.zeros(1)), open])
 def test_what_does_not_belong_in_a_state_is_named(stranger: Any) -> None:
     with pytest.raises(TypeError, match="a state holds a"):
@@ -165,7 +176,7 @@ class Colour(enum.Enum):
 
 
 def saved(tree: Any) -> bytes:
-    return b"".join(save(tree))
+    return b"".join(save(tree, HERE))
 
 
 def again(tree: Any) -> Any:
@@ -293,7 +304,7 @@ def test_a_class_made_in_a_function_cannot_be_saved() -> None:
         x: int = 0
 
     with pytest.raises(TypeError, match="no class of a module"):
-        save(Local())
+        save(Local(), HERE)
 
 
 def message(nodes: list[Any], lengths: list[int] | None = None, tail: bytes = b"") -> bytes:
@@ -327,6 +338,8 @@ def test_only_classes_of_states_are_made(kind: str, name: str) -> None:
 def test_a_class_of_another_module_needs_that_module_to_be_named() -> None:
     with pytest.raises(StateError, match="is no class that a state here may hold"):
         load(saved(Inner(3)))
+    with pytest.raises(TypeError, match="Inner, which is no class of a module of avatar or audio"):
+        save(Inner(3))
     assert load(saved(Inner(3)), HERE) == Inner(3)
 
 
