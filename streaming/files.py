@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import glob
+import itertools
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar, TypeVar
+from urllib.parse import quote
 
 import av
 from av.packet import Packet
 from av.stream import Stream
 
-from streaming.muxer import Muxer, flush_to_disk, rewrite_for_players, time_of
+from streaming.muxer import FRAGMENT_PER_KEYFRAME, ByteBuffer, Muxer, flush_to_disk, rewrite_for_players, time_of
 from streaming.sink import SinkError, reason
 
 R = TypeVar("R")
 
 FILE_TYPES = (".mp4", ".m4v", ".mov")
 
-HLS_SEGMENT_S = 2
-HLS_ROLLING_SEGMENTS = 6
-HLS_KEPT_SEGMENTS = 3
-"""Segments that left a rolling playlist and may still be on their way to a player."""
+HLS_SEGMENTS = 6
+HLS_ROLLING_S = 12.0
+"""A rolling playlist names at least so many segments, and at least so many seconds of them. As many more are kept for
+players that are about to fetch them."""
+
+HLS_SHORTEST_S = 0.48
+"""A keyframe that comes sooner, since another output asked for it, begins no segment."""
 
 
 class _OnDisk:
@@ -58,9 +65,7 @@ class _OnDisk:
         self._muxer = await self._in_thread(lambda: self._new_muxer(streams, metadata))
 
     async def write(self, packets: Sequence[Packet]) -> None:
-        assert self._muxer is not None, "write() before start()"
-        muxer = self._muxer
-        await self._in_thread(lambda: muxer.mux(packets))
+        await self._in_thread(lambda: self._mux(packets))
 
     async def close(self, complete: bool) -> None:
         if self._closed:
@@ -77,6 +82,10 @@ class _OnDisk:
 
     def _new_muxer(self, streams: Sequence[Stream], metadata: Mapping[str, str]) -> Muxer:
         raise NotImplementedError
+
+    def _mux(self, packets: Sequence[Packet]) -> None:
+        assert self._muxer is not None, "write() before start()"
+        self._muxer.mux(packets)
 
     def _finish(self) -> None:
         """End what is complete."""
@@ -176,56 +185,151 @@ class FileSink(_OnDisk):
 class HlsSink(_OnDisk):
     """HTTP Live Streaming: a playlist and its segments (fragmented MP4) in one folder, for any web server and browser.
 
-    Players never see half a file: segments and playlist are renamed when they are whole. A rolling playlist names the
-    last segments, and older ones are deleted; an event playlist keeps all. The numbers of segments go on from those of
-    an earlier session, so no cache between here and the player mistakes one for another.
+    A segment lasts from one keyframe to the next. Players never see half a file: segments and playlist are renamed
+    when they are whole. A rolling playlist names the last segments, and older ones are deleted; an event playlist keeps
+    all. Segments are counted from the seconds of the clock, so those of a session that begins anew have new names, and
+    no cache between here and the player mistakes one for another.
+
+    Args:
+        now: the wall clock, for the names and for the players' own clocks.
     """
 
-    def __init__(self, path: Path, event: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        event: bool = False,
+        overwrite: bool = False,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
         super().__init__(path)
-        self._event, self._overwrite = event, overwrite
+        self._event, self._overwrite, self._now = event, overwrite, now
+        self._header = path.with_name(f"{path.stem}-init.mp4")
+        self._bytes = ByteBuffer()
+        self._boxes = b""
+        self._keyframes: deque[Fraction] = deque()
+        self._end = Fraction(0)
+        self._fragments: list[bytes] = []
+        self._length = Fraction(0)
+        self._segments: deque[_Segment] = deque()
+        self._past: deque[_Segment] = deque()
+        self._target_s = 1
+        self._number = 0
+        self._date: datetime | None = None
+        """Number and time of the segment that grows."""
 
     def _claim(self) -> None:
         self._check_folder("live.m3u8")
-        if "%" in str(self._path.absolute()):
-            raise SinkError(f"{self._path}: FFmpeg takes the % in it for the number of a segment; use another name")
         if self._path.exists() and not self._overwrite:
             raise SinkError(f"{self._path}: exists already; remove it, choose another name, or add --overwrite")
         if not os.access(self._path.parent, os.W_OK):
-            raise PermissionError(13, "permission denied")
+            raise PermissionError(errno.EACCES, "permission denied")
 
     def _new_muxer(self, streams: Sequence[Stream], metadata: Mapping[str, str]) -> Muxer:
-        stem = self._path.stem
-        for old in (self._path, *self._path.parent.glob(f"{glob.escape(stem)}-*.m4s")):
+        for old in (self._path, *self._path.parent.glob(f"{glob.escape(self._path.stem)}-*.m4s")):
             old.unlink(missing_ok=True)
-        flags = "independent_segments+program_date_time+temp_file"
-        options = {
-            "hls_time": str(HLS_SEGMENT_S),
-            "hls_segment_type": "fmp4",
-            # Absolute, since "12:30/live" would begin with a protocol; what is named "file:..." FFmpeg never deletes.
-            "hls_segment_filename": str(self._path.absolute().with_name(f"{stem}-%d.m4s")),
-            "hls_fmp4_init_filename": f"{stem}-init.mp4",
-            "hls_start_number_source": "epoch",
-        }
-        if self._event:
-            options |= {"hls_playlist_type": "event", "hls_list_size": "0", "hls_flags": flags}
-        else:
-            options |= {
-                "hls_list_size": str(HLS_ROLLING_SEGMENTS),
-                "hls_delete_threshold": str(HLS_KEPT_SEGMENTS),
-                "hls_flags": f"{flags}+delete_segments",
-            }
-        return Muxer(self._path, streams, metadata, "hls", options)
+        return Muxer(self._bytes, streams, metadata, "mp4", FRAGMENT_PER_KEYFRAME)
+
+    def _mux(self, packets: Sequence[Packet]) -> None:
+        assert self._muxer is not None, "write() before start()"
+        if self._date is None:
+            self._date = self._now()
+            self._number = int(self._date.timestamp())
+        for packet in packets:
+            if packet.stream.type == "video":
+                if packet.is_keyframe:
+                    self._keyframes.append(time_of(packet))
+                self._end = time_of(packet) + packet.time_base
+            self._muxer.mux([packet])
+        self._take_fragments()
 
     def _finish(self) -> None:
-        if self._muxer is not None:
+        if self._muxer is not None and self._keyframes:
             self._muxer.close()
-        self._output = self._path if self._path.exists() else None
+            self._keyframes.append(self._end)
+            self._take_fragments()
+            if self._fragments:
+                self._end_segment()
+            self._write_playlist(ended=True)
 
     def _keep(self) -> None:
         # What is there plays, whether or not more should have come.
         with contextlib.suppress(OSError, av.error.FFmpegError):
             self._finish()
+
+    def _take_fragments(self) -> None:
+        """Go through what the muxer has written: its header, then for each keyframe a box of times and one of media."""
+        self._boxes += self._bytes.take()
+        while (size := int.from_bytes(self._boxes[:4])) and size <= len(self._boxes):
+            kind = self._boxes[4:8]
+            if kind == b"moof":
+                media = int.from_bytes(self._boxes[size : size + 4])
+                if not media or size + media > len(self._boxes):
+                    return
+                size += media
+                self._add_fragment(self._boxes[:size])
+            elif kind in (b"ftyp", b"moov"):
+                self._fragments.append(self._boxes[:size])
+                if kind == b"moov":
+                    _write_whole(self._header, self._fragments)
+                    self._fragments = []
+            self._boxes = self._boxes[size:]
+
+    def _add_fragment(self, fragment: bytes) -> None:
+        self._fragments.append(fragment)
+        begin = self._keyframes.popleft()
+        self._length += self._keyframes[0] - begin
+        if self._length >= HLS_SHORTEST_S:
+            self._end_segment()
+
+    def _end_segment(self) -> None:
+        assert self._date is not None
+        path = self._path.with_name(f"{self._path.stem}-{self._number}.m4s")
+        _write_whole(path, self._fragments)
+        self._segments.append(_Segment(path, self._length, self._date))
+        self._target_s = max(self._target_s, round(self._length))
+        self._number += 1
+        self._date += timedelta(seconds=float(self._length))
+        self._fragments, self._length = [], Fraction(0)
+        while not self._event and len(self._segments) > HLS_SEGMENTS and self._rest_s() >= HLS_ROLLING_S:
+            self._past.append(self._segments.popleft())
+        self._write_playlist()
+        # Only now, and not at once: a player may be about to fetch it.
+        while len(self._past) > HLS_SEGMENTS:
+            self._past.popleft().path.unlink(missing_ok=True)
+
+    def _rest_s(self) -> float:
+        return float(sum(segment.length for segment in itertools.islice(self._segments, 1, None)))
+
+    def _write_playlist(self, ended: bool = False) -> None:
+        """RFC 8216."""
+        lines = ["#EXTM3U", "#EXT-X-VERSION:7", f"#EXT-X-TARGETDURATION:{self._target_s}"]
+        lines += [f"#EXT-X-MEDIA-SEQUENCE:{self._number - len(self._segments)}", "#EXT-X-INDEPENDENT-SEGMENTS"]
+        lines += ["#EXT-X-PLAYLIST-TYPE:EVENT"] if self._event else []
+        lines += [f'#EXT-X-MAP:URI="{quote(self._header.name)}"']
+        for segment in self._segments:
+            lines.append(f"#EXT-X-PROGRAM-DATE-TIME:{segment.date.isoformat(timespec='milliseconds')}")
+            lines += [f"#EXTINF:{float(segment.length):.5f},", quote(segment.path.name)]
+        lines += ["#EXT-X-ENDLIST"] if ended else []
+        _write_whole(self._path, ["".join(f"{line}\n" for line in lines).encode()])
+        self._output = self._path
+
+
+@dataclass(frozen=True)
+class _Segment:
+    path: Path
+    length: Fraction
+    date: datetime
+
+
+def _write_whole(path: Path, parts: Sequence[bytes]) -> None:
+    """A file that is there in full or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(b"".join(parts))
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class SegmentSink:
@@ -249,6 +353,7 @@ class SegmentSink:
         self._file = FileSink(self._next_path())
         self._finished: Path | None = None
         self._begin: Fraction | None = None
+        self._pictures: deque[Packet] = deque()
         self._sound: deque[Packet] = deque()
         self._finishing: tuple[FileSink, asyncio.Task[None]] | None = None
         self._streams: Sequence[Stream] = ()
@@ -267,21 +372,18 @@ class SegmentSink:
         await self._file.start(streams, metadata)
 
     async def write(self, packets: Sequence[Packet]) -> None:
-        batch: list[Packet] = []
         for packet in packets:
-            if packet.stream.type != "video":
-                # Held until the picture of its time has come, which decides where it belongs.
-                self._sound.append(packet)
-                continue
-            time = time_of(packet)
-            while self._sound and time_of(self._sound[0]) < time:
-                batch.append(self._sound.popleft())
-            if self._begin is None:
-                self._begin = time
-            elif packet.is_keyframe and time - self._begin >= self._seconds:
-                await self._file.write(batch)
-                await self._next_file()
-                self._begin, batch = time, []
+            (self._pictures if packet.stream.type == "video" else self._sound).append(packet)
+        batch: list[Packet] = []
+        for packet in self._in_time():
+            if packet.stream.type == "video":
+                time = time_of(packet)
+                if self._begin is None:
+                    self._begin = time
+                elif packet.is_keyframe and time - self._begin >= self._seconds:
+                    await self._file.write(batch)
+                    await self._next_file()
+                    self._begin, batch = time, []
             batch.append(packet)
         await self._file.write(batch)
 
@@ -291,15 +393,23 @@ class SegmentSink:
         self._closed = True
         try:
             if self._begin is not None:
-                await self._file.write(self._sound)
+                await self._file.write([*self._pictures, *self._sound])
         except SinkError:
-            complete = False
-            raise
+            if complete:
+                raise
+            # It failed before, and whoever closes it knows.
         finally:
             try:
                 await self._file.close(complete)
             finally:
                 await self._old_file()
+
+    def _in_time(self) -> Iterator[Packet]:
+        """Packets in the order of their times, as far as both streams have come: sound comes a little later than its
+        picture, or earlier where x264 looks ahead, and a cut parts them by time."""
+        while self._pictures and self._sound:
+            picture_first = time_of(self._pictures[0]) <= time_of(self._sound[0])
+            yield (self._pictures if picture_first else self._sound).popleft()
 
     async def _next_file(self) -> None:
         """Go on in a new file; the old one is finished meanwhile."""

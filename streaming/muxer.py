@@ -1,4 +1,4 @@
-"""Packets in, a container out: an MP4 that is fragmented while it grows and rewritten when it is whole; FLV; HLS."""
+"""Packets in, a container out: an MP4 that is fragmented while it grows and rewritten when it is whole, or bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
 
 import av
 from av.container import OutputContainer
@@ -25,15 +24,27 @@ FRAGMENTED = {
 }
 
 
+FRAGMENT_PER_KEYFRAME = {"movflags": "+frag_keyframe+empty_moov+delay_moov+default_base_moof+skip_trailer"}
+
 FLV = {"flvflags": "no_duration_filesize", "flush_packets": "1"}
 
 MPEGTS = {"flush_packets": "1"}
 
 
-class ByteSink(Protocol):
-    """Anything that bytes can be written to; it is called in the muxer's thread and must not wait."""
+class ByteBuffer:
+    """What a muxer has written and nobody has taken yet."""
 
-    def write(self, part: bytes) -> int: ...
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def write(self, part: bytes) -> int:
+        self._parts.append(bytes(part))
+        return len(part)
+
+    def take(self) -> bytes:
+        taken = b"".join(self._parts)
+        self._parts.clear()
+        return taken
 
 
 class Muxer:
@@ -44,7 +55,7 @@ class Muxer:
     sound from before its first picture is left out.
 
     Args:
-        target: a file, opened and emptied at the first packet, or what takes the bytes.
+        target: a file, opened and emptied at the first packet, or a buffer for the bytes.
         streams: what the packets come from (`Encoder.streams`).
         metadata: tags; `encoding_tool` is the software.
         container, options: libavformat's names. The default is a fragmented MP4 that is playable up to its last
@@ -55,7 +66,7 @@ class Muxer:
 
     def __init__(
         self,
-        target: Path | ByteSink,
+        target: Path | ByteBuffer,
         streams: Sequence[Stream],
         metadata: Mapping[str, str],
         container: str = "mp4",
@@ -136,7 +147,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def _open_output(
-    target: Path | ByteSink, container: str, options: Mapping[str, str], metadata: Mapping[str, str]
+    target: Path | ByteBuffer, container: str, options: Mapping[str, str], metadata: Mapping[str, str]
 ) -> OutputContainer:
     # "file:" keeps a colon in a file name from being read as a protocol.
     where = f"file:{target}" if isinstance(target, Path) else target

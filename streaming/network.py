@@ -29,7 +29,7 @@ from av.packet import Packet
 from av.stream import Stream
 
 from audio.urls import blanked, redacted
-from streaming.muxer import FLV, MPEGTS, Muxer, length_s
+from streaming.muxer import FLV, MPEGTS, ByteBuffer, Muxer, length_s
 from streaming.sink import SinkError, TargetAbsent, TargetRefused, reason
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class NetworkSink:
         self._state = "new"
         self._error: Exception | None = None
         self._muxer: Muxer | None = None
-        self._bytes = _Bytes()
+        self._bytes = ByteBuffer()
         self._flow = Flow(self._limits.stall_s)
 
     @property
@@ -317,22 +317,6 @@ class Flow:
 
 LATE_S = 0.5
 """How late a report may be for the time since the last one to count in full."""
-
-
-class _Bytes:
-    """What a muxer has written and nobody has taken yet."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-
-    def write(self, part: bytes) -> int:
-        self._parts.append(bytes(part))
-        return len(part)
-
-    def take(self) -> bytes:
-        taken = b"".join(self._parts)
-        self._parts.clear()
-        return taken
 
 
 async def probe(name: str, host: str, port: int, limit_s: float, tls: bool = False) -> None:

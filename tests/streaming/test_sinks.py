@@ -7,20 +7,22 @@ import os
 import resource
 import subprocess
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from contracts import check_sink
-from mp4 import boxes, read_mp4
+from mp4 import boxes, clicks_at, read_mp4
 
 from avatar.model import FrameBlock
 from streaming.encoder import SOUND_RATE, Encoder, EncoderSettings
 from streaming.muxer import Muxer
-from streaming.sinks import FileSink, NullSink, SinkError, open_sink
+from streaming.sinks import FileSink, HlsSink, NullSink, SegmentSink, Sink, SinkError, open_sink
 
 
-async def write(sink: FileSink, seconds: float) -> None:
+async def write(sink: Sink, seconds: float) -> None:
     """Open a sink and write that much noise, which does not compress."""
     encoder = Encoder(128, 128, 25, 1, EncoderSettings(crf=1))
     await sink.open()
@@ -112,6 +114,17 @@ async def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
         ("-", "file without a type"),
         ("rtsp://host/live/secret-key", r"rtsp://: no such output; there is a file \(.mp4"),
         ("s3://bucket/a.mp4", r"s3://: no such output"),
+        ("segment:ten:{tmp}/a.mp4", "write segment:SECONDS:FILE.mp4"),
+        ("segment:0:{tmp}/a.mp4", "at least 1 second"),
+        ("segment:10:{tmp}/a.avi", "file type '.avi' is not one we write"),
+        ("segment:10:{tmp}/missing/a.mp4", "there is no folder .*missing"),
+        ("{tmp}/missing/live.m3u8", "there is no folder .*missing"),
+        ("event:{tmp}/a.mp4", "there is no folder|file type"),
+        ("rtmp://host:port/live/secret-key", r"rtmp://host:port/live/\*\*\*: its port is not a number"),
+        ("rtmp:///secret-key", "names no server; write rtmp://HOST/APPLICATION/KEY"),
+        ("rtmps://host", "names no stream; write rtmps://HOST/APPLICATION/KEY"),
+        ("rtmp://host/live/secret-key\n", "names no server"),
+        ("srt://host:9000?streamid=secret-key", "the FFmpeg in this PyAV was built without it"),
         ("{tmp}/" + "x" * 300 + ".mp4", "name too long"),
     ],
 )
@@ -230,3 +243,192 @@ def test_the_scheme_decides_what_a_target_is():
     assert isinstance(open_sink("null://"), NullSink)
     assert isinstance(open_sink("file:///tmp/a.mp4"), FileSink)
     assert open_sink("folder/a.MP4").name == str(Path("folder/a.MP4"))
+
+
+def show(seconds: float, clicks: list[float]) -> tuple[Encoder, list]:
+    """A live stream with a flash and a click at these times, as an encoder and its packets."""
+    encoder = Encoder(64, 64, 25, 1, EncoderSettings(live=True, preset="ultrafast"))
+    sound = clicks_at(clicks, seconds, SOUND_RATE)[:, None]
+    packets = []
+    for number in range(round(seconds * 25)):
+        bright = any(abs(number / 25 - click) < 0.01 for click in clicks)
+        frames = np.full((1, 64, 64, 3), 250 if bright else 60, np.uint8)
+        block = FrameBlock(frames, np.zeros(0, np.float32), number)
+        packets += encoder.encode(block, sound[number * 1920 : (number + 1) * 1920])
+    return encoder, packets + encoder.flush()
+
+
+async def record(sink: Sink, seconds: float, clicks: list[float] | None = None, complete: bool = True) -> list:
+    """Write a show packet by packet, as it comes; gives the packets."""
+    encoder, packets = show(seconds, clicks or [])
+    await sink.open()
+    await sink.start(encoder.streams, {"title": "a show"})
+    for packet in packets:
+        await sink.write([packet])
+    await sink.close(complete)
+    encoder.close()
+    return packets
+
+
+async def test_a_recording_in_segments_keeps_the_contract_of_sinks(tmp_path):
+    def times(sink):
+        return read_mp4(tmp_path / "a-0001.mp4").times
+
+    await check_sink(lambda: open_sink(f"segment:60:{tmp_path}/a.mp4"), times)
+    assert os.listdir(tmp_path) == ["a-0001.mp4"]
+
+
+async def test_segments_hold_every_frame_and_packet_once_and_each_plays_by_itself(tmp_path):
+    sink = open_sink(f"segment:3:{tmp_path}/show.mp4")
+    packets = await record(sink, 13, clicks=[1.0, 5.0, 7.0, 9.0, 11.4])
+    names = sorted(os.listdir(tmp_path))
+    assert names == [f"show-000{n}.mp4" for n in (1, 2, 3, 4)]  # 3 s end at the next keyframe: after 4 s
+    assert sink.output == tmp_path / names[-1]
+    files = [read_mp4(tmp_path / name) for name in names]
+    assert [file.frames for file in files] == [100, 100, 100, 25]
+    for file in files:
+        assert file.times == pytest.approx([n / 25 for n in range(file.frames)])
+        assert file.sound_start < 0.022
+        assert "moof" not in boxes(tmp_path / names[0])
+        for flash, click in zip(file.flashes(), file.clicks(), strict=True):
+            assert click == pytest.approx(flash, abs=0.001)
+    begins = [0, 4, 8, 12]
+    flashes = [begin + flash for begin, file in zip(begins, files) for flash in file.flashes()]
+    assert flashes == pytest.approx([1.0, 5.0, 7.0, 9.0, 11.4])
+    written = 0
+    for name in names:
+        with av.open(str(tmp_path / name)) as container:
+            written += sum(packet.size > 0 for packet in container.demux())
+    assert written == len(packets)
+
+
+async def test_segments_go_on_counting_and_overwrite_nothing(tmp_path):
+    await record(open_sink(f"segment:2:{tmp_path}/a.mp4"), 3)
+    (tmp_path / "a-0007.part.mp4").write_bytes(b"what a kill left")
+    await record(open_sink(f"segment:2:{tmp_path}/a.mp4", overwrite=True), 1)
+    assert sorted(os.listdir(tmp_path)) == ["a-0001.mp4", "a-0002.mp4", "a-0007.part.mp4", "a-0008.mp4"]
+
+
+async def test_segments_may_be_named_by_the_time_they_begin(tmp_path):
+    now = datetime(2026, 3, 29, 1, 59, 0)
+    times = iter([now, now + timedelta(seconds=2), now + timedelta(seconds=2)])
+    sink = SegmentSink(tmp_path / "show %Y-%m-%d %H.%M.%S.mp4", 2, now=lambda: next(times))
+    await record(sink, 5)
+    assert sorted(os.listdir(tmp_path)) == [
+        "show 2026-03-29 01.59.00.mp4",
+        "show 2026-03-29 01.59.02-0002.mp4",  # the clock was put back
+        "show 2026-03-29 01.59.02.mp4",
+    ]
+
+
+async def test_a_kill_leaves_finished_segments_and_a_playable_part(tmp_path):
+    encoder, packets = show(9, [])
+    sink = open_sink(f"segment:2:{tmp_path}/a.mp4")
+    await sink.open()
+    await sink.start(encoder.streams, {})
+    for packet in packets:
+        await sink.write([packet])
+    await asyncio.sleep(0.2)  # the segment before is finished beside the stream
+    copies = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    await sink.close(complete=False)
+    frames = []
+    for name in sorted(copies):
+        (tmp_path / "copy.mp4").write_bytes(copies[name])
+        frames.append(read_mp4(tmp_path / "copy.mp4", cut_off=True).frames)
+    assert frames[:4] == [50, 50, 50, 50]
+    assert frames[4] >= 12
+    assert sorted(copies)[4] == "a-0005.part.mp4"
+
+
+async def test_a_full_disk_ends_a_recording_and_keeps_what_there_is(small_disk):
+    sink = open_sink(f"segment:2:{small_disk}/a.mp4")
+    with pytest.raises(SinkError, match="no space left on device"):
+        await write(sink, 20)
+    await sink.close(complete=False)
+    assert sink.output is not None
+    assert read_mp4(sink.output, cut_off=True).frames > 0
+
+
+async def test_hls_keeps_the_contract_of_sinks(tmp_path):
+    def times(sink):
+        assert sink.output == tmp_path / "live.m3u8"
+        file = read_mp4(sink.output)
+        return [time - file.times[0] for time in file.times]
+
+    await check_sink(lambda: open_sink(f"{tmp_path}/live.m3u8"), times)
+
+
+def playlist(path: Path) -> tuple[list[str], list[str]]:
+    """The tags and the segments of a playlist."""
+    lines = path.read_text().splitlines()
+    return [line for line in lines if line.startswith("#")], [line for line in lines if not line.startswith("#")]
+
+
+async def test_a_rolling_playlist_names_the_last_segments_and_older_ones_go(tmp_path):
+    folder = tmp_path / "12:30 会 %d"
+    folder.mkdir()
+    await record(open_sink(f"{folder}/live.m3u8"), 42)
+    tags, segments = playlist(folder / "live.m3u8")
+    assert len(segments) == 6
+    assert tags[:3] == ["#EXTM3U", "#EXT-X-VERSION:7", "#EXT-X-TARGETDURATION:2"]
+    assert "#EXT-X-INDEPENDENT-SEGMENTS" in tags
+    assert '#EXT-X-MAP:URI="live-init.mp4"' in tags
+    assert tags[-1] == "#EXT-X-ENDLIST"
+    assert sum(tag.startswith("#EXT-X-PROGRAM-DATE-TIME:") for tag in tags) == 6
+    left = sorted(os.listdir(folder))
+    assert set(segments) < set(left)
+    assert len(left) == 2 + 6 + 6
+    # Without the playlist, as a browser does it: the first segment of it and the header are enough.
+    (folder / "one.mp4").write_bytes(b"".join((folder / name).read_bytes() for name in ("live-init.mp4", segments[0])))
+    assert read_mp4(folder / "one.mp4").frames == 50
+
+
+async def test_an_event_playlist_keeps_all_and_stays_in_time(tmp_path):
+    await record(open_sink(f"event:{tmp_path}/live.m3u8"), 21, clicks=[1.0, 7.0, 13.0, 19.0])
+    tags, segments = playlist(tmp_path / "live.m3u8")
+    assert "#EXT-X-PLAYLIST-TYPE:EVENT" in tags
+    assert len(segments) == 11
+    file = read_mp4(tmp_path / "live.m3u8")
+    assert file.frames == 525
+    assert np.subtract(file.flashes(), file.clicks()) == pytest.approx(0, abs=0.001)
+
+
+async def test_a_player_never_sees_half_a_file(tmp_path):
+    encoder, packets = show(12, [])
+    sink = open_sink(f"{tmp_path}/live.m3u8")
+    await sink.open()
+    await sink.start(encoder.streams, {})
+    seen: dict[str, bytes] = {}
+    for packet in packets:
+        await sink.write([packet])
+        if not (tmp_path / "live.m3u8").exists():
+            continue
+        tags, segments = playlist(tmp_path / "live.m3u8")
+        assert tags[0] == "#EXTM3U"
+        for name in ["live-init.mp4", *segments]:
+            data = (tmp_path / name).read_bytes()
+            assert data
+            assert seen.setdefault(name, data) == data
+    assert len(seen) == 6
+    await sink.close(complete=False)
+    assert playlist(tmp_path / "live.m3u8")[0][-1] == "#EXT-X-ENDLIST"
+
+
+async def test_a_playlist_that_exists_is_replaced_only_when_told_and_with_other_names(tmp_path):
+    path = f"{tmp_path}/live.m3u8"
+    await record(open_sink(path), 5)
+    before = set(playlist(tmp_path / "live.m3u8")[1])
+    with pytest.raises(SinkError, match=r"exists already.*--overwrite"):
+        await open_sink(path).open()
+    later = datetime.now(UTC) + timedelta(seconds=5)
+    await record(HlsSink(Path(path), overwrite=True, now=lambda: later), 3)
+    after = set(playlist(tmp_path / "live.m3u8")[1])
+    assert not before & after
+    assert {name for name in os.listdir(tmp_path) if name.endswith(".m4s")} == after
+
+
+async def test_a_full_disk_ends_hls(small_disk):
+    sink = open_sink(f"event:{small_disk}/live.m3u8")
+    with pytest.raises(SinkError, match="no space left on device"):
+        await write(sink, 20)
+    await sink.close(complete=False)
