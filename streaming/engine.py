@@ -3,45 +3,59 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import heapq
 import itertools
-import json
-import mmap
+import logging
 import os
-import signal
-import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
 from avatar.model import FrameBlock, Reference, StreamSpec
-from streaming.engine_child import HEAD, pack, slot_bytes
+from streaming.engine_process import Answer, ModelFailure, ModelProcess, ProcessDied, anonymous_file
 
-SLOTS = 4
-"""Blocks of frames that the shared memory holds; a child with more to give waits until one is taken."""
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+EngineState = Literal["loading", "ready", "restarting", "ended"]
+
+REAP_S = 5.0
+"""What a killed process gets to let go of its memory before the next one asks for it."""
 
 
 class EngineError(AvatardError):
-    """The model's process died, hung, or refused: one line that a user can act on."""
+    """The model's process died, hung, or refused, and is not started again: one line that a user can act on."""
 
 
-class ModelFailure(RuntimeError):
-    """The model raised something that is a bug; the traceback of its process is in the notes."""
+@dataclass(frozen=True)
+class Restarts:
+    """How a process that died is started again.
+
+    deaths_per_block: so often in a row may it die at one and the same block of a session; then that block's step is an
+    EngineError, so that no block can kill for ever. failed_loads: so often in a row may a new process fail to load
+    before the engine gives up; None: never. The first new process comes at once, the others after backoff_s, twice
+    that, and so on up to longest_s; a process that was healthy for healthy_s is followed at once again. When the very
+    first process does not load, that is an error at once.
+    """
+
+    deaths_per_block: int = 3
+    failed_loads: int | None = 3
+    backoff_s: float = 1.0
+    longest_s: float = 30.0
+    healthy_s: float = 60.0
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Which model, and how long to wait for it.
+    """Which model, how long to wait for it, and what to do when it dies.
 
     model: a family's name, a folder of weights, or FILE.py:FUNCTION; size: width and height in pixels; steps: of
-    denoising; options: the family's own; load_timeout_s, step_timeout_s: after which a silent child is killed.
+    denoising; options: the family's own; load_timeout_s, step_timeout_s: after which a silent process is killed.
     """
 
     model: str
@@ -50,61 +64,65 @@ class EngineSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
     load_timeout_s: float = 1800.0
     step_timeout_s: float = 300.0
+    restarts: Restarts = field(default_factory=Restarts)
+
+
+class Backoff:
+    """How long to wait before the next process is started."""
+
+    def __init__(self, restarts: Restarts) -> None:
+        self._restarts = restarts
+        self._wait_s = 0.0
+
+    def next_s(self, lived_s: float) -> float:
+        """After a process that was ready for `lived_s`."""
+        if lived_s >= self._restarts.healthy_s:
+            self._wait_s = 0.0
+        wait_s = self._wait_s
+        self._wait_s = min(max(2 * wait_s, self._restarts.backoff_s), self._restarts.longest_s)
+        return wait_s
 
 
 class Engine:
-    """One model process, spawned at once and loading while its caller does other things.
+    """One model and its sessions, in a process that is started again when it dies.
 
     `async with await Engine.launch(settings) as engine:` ends the process on every way out. It belongs to one loop.
     """
 
     @classmethod
-    async def launch(cls, settings: EngineSettings) -> Self:
-        """Spawn the process; it loads the model by itself. `ready` waits for that."""
-        frames = _anonymous_file()
+    async def launch(
+        cls, settings: EngineSettings, *, on_change: Callable[[EngineState], None] = lambda state: None
+    ) -> Self:
+        """Spawn the process; it loads the model by itself. `ready` waits for that.
+
+        on_change: called with each new `state`.
+        """
+        engine = cls(settings, on_change)
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                # -P: a folder called `audio` where the user happens to stand is not ours.
-                *("-P", "-m", "streaming.engine_child", str(frames)),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                pass_fds=(frames,),
-                env=_child_environment(),
-                # Ctrl-C is for us: the model goes on until the part of the file is whole.
-                start_new_session=True,
-            )
+            process = await engine._spawn()
         except BaseException:
-            os.close(frames)
+            os.close(engine._snapshots)
             raise
-        engine = cls(settings, process, frames)
-        engine._send(
-            {
-                "op": "load",
-                "model": settings.model,
-                "size": settings.size,
-                "steps": settings.steps,
-                "options": dict(settings.options),
-                "slots": SLOTS,
-            }
-        )
+        engine._supervisor = asyncio.create_task(engine._supervise(process), name="engine supervisor")
         return engine
 
-    def __init__(self, settings: EngineSettings, process: asyncio.subprocess.Process, descriptor: int) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._settings, self._process, self._descriptor = settings, process, descriptor
-        self._input, self._output = process.stdin, process.stdout
+    def __init__(self, settings: EngineSettings, on_change: Callable[[EngineState], None]) -> None:
+        self.settings = settings
+        self._on_change = on_change
+        self._snapshots = anonymous_file("snapshots")
+        self.shelves = _Shelves()
         self._numbers = itertools.count(1)
-        self._requests: dict[int, _Request] = {}
-        self._ready: asyncio.Future[StreamSpec] = asyncio.get_running_loop().create_future()
-        # The reader may fail it long before anybody asks.
-        self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
-        self._dead: Exception | None = None
+        self._spec: StreamSpec | None = None
+        self._turn: asyncio.Future[ModelProcess] = _expected()
+        """The process at work, once it is ready; another future as soon as it has died."""
+        self._ended = asyncio.Event()
+        self._end: Exception | None = None
         self._closed = False
-        self.load_s = 0.0
-        """Seconds the child took to load the model, once it is ready."""
-        self._reader = asyncio.create_task(self._read(), name="engine reader")
+        self._process: ModelProcess
+        self._supervisor: asyncio.Task[None]
+        self.state: EngineState = "loading"
+        self.restarts = 0
+        """Processes that were started after the first one."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -114,23 +132,39 @@ class Engine:
 
     @property
     def pid(self) -> int:
+        """Of the present process, or of the last one while there is none."""
         return self._process.pid
 
-    async def ready(self) -> StreamSpec:
-        """Wait until the model is loaded. Raises: AvatardError, as the model said it; EngineError; ModelFailure."""
-        limit_s = self._settings.load_timeout_s
-        try:
-            return await asyncio.wait_for(asyncio.shield(self._ready), limit_s)
-        except TimeoutError:
-            raise self._hung(f"was not loaded in {limit_s:g} s") from None
+    @property
+    def load_s(self) -> float:
+        """Seconds the present process took to load the model, once it is ready."""
+        return self._process.load_s
 
-    async def open(self, reference: Reference) -> EngineSession:
-        """Start a session: the model encodes the picture and the prompt. Raises: as `ready`."""
-        spec = await self.ready()
-        session = EngineSession(self, f"s{next(self._numbers)}", spec)
-        image = np.ascontiguousarray(reference.image)
-        header = {"op": "open", "shape": image.shape, "prompt": reference.prompt, "seed": reference.seed}
-        await self._ask(session, header, image.tobytes())
+    async def ready(self) -> StreamSpec:
+        """Wait until the model is loaded for the first time.
+
+        Raises: AvatardError, as the model said it; EngineError; ModelFailure.
+        """
+        if self._spec is None or self._end is not None:
+            await self.process()
+        assert self._spec is not None
+        return self._spec
+
+    async def open(
+        self, reference: Reference, *, rewind_blocks: int = 0, snapshot_every_s: float = 2.0
+    ) -> EngineSession:
+        """Start a session: the model encodes the picture and the prompt.
+
+        Args:
+            rewind_blocks: how far back `EngineSession.rewind` can go; each of them costs the memory of one state.
+            snapshot_every_s: of media, from one snapshot to the next; what was made since the last one is made again
+                when the process dies.
+        Raises: as `ready`.
+        """
+        session = EngineSession(
+            self, f"s{next(self._numbers)}", await self.ready(), reference, rewind_blocks, snapshot_every_s
+        )
+        await session.begin()
         return session
 
     async def close(self) -> None:
@@ -138,172 +172,398 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        self._input.close()
-        if not self._ready.done():
-            # It imports or loads, and would look at its input only after that.
-            self.kill()
-        try:
-            await asyncio.wait_for(self._process.wait(), 0.5)
-        except TimeoutError:
-            # In the middle of a step. It keeps nothing that anyone needs.
-            self.kill()
-            await self._process.wait()
-        self._fail_all(EngineError(f"model {self._settings.model}: its process was closed"))
-        self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
-        os.close(self._descriptor)
+        self._give_up(EngineError(f"model {self.settings.model}: its process was closed"))
+        self._supervisor.cancel()
+        await asyncio.wait([self._supervisor])
+        await self._process.close()
+        os.close(self._snapshots)
 
     def kill(self) -> None:
-        """End the process by force; whoever waits gets an EngineError."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        """End the process by force, for good; whoever waits gets an EngineError."""
+        self._give_up(EngineError(f"model {self.settings.model}: its process was killed"))
+        self._supervisor.cancel()
+        self._process.kill()
 
-    async def _ask(self, session: EngineSession, header: dict[str, Any], body: bytes = b"") -> list[FrameBlock]:
-        """Send one request and wait for its answer; adds the model's time to the session's."""
-        if self._dead is not None:
-            raise self._dead
-        number = next(self._numbers)
-        request = self._requests[number] = _Request(asyncio.get_running_loop().create_future())
-        limit_s = self._settings.step_timeout_s if header["op"] != "open" else self._settings.load_timeout_s
-        try:
-            self._send({**header, "id": number, "session": session.id}, body)
-            async with asyncio.timeout(limit_s):
-                session.busy_s += await request.answer
-        except TimeoutError:
-            raise self._hung(f"gave no answer to {header['op']} in {limit_s:g} s") from None
-        finally:
-            self._requests.pop(number, None)
-        return request.blocks
+    # For the sessions.
 
-    def _send(self, header: dict[str, Any], body: bytes = b"") -> None:
-        # No drain: a request waits for its answer, so never more than one for each session lies in the pipe.
-        if not self._input.is_closing():
-            self._input.write(pack(header, body))
+    def forget(self, session: str) -> None:
+        """The state of that session is no longer needed."""
+        self._process.tell({"op": "close", "session": session})
 
-    async def _read(self) -> None:
-        """Hand every answer to who waits for it, until the child ends."""
-        memory: NDArray[np.uint8] | None = None
-        spec: StreamSpec | None = None
-        while True:
+    async def process(self) -> ModelProcess:
+        """The process, when it is ready, as long as that takes. Raises: as `ready`."""
+        if self._end is not None:
+            raise self._end
+        return await asyncio.shield(self._turn)
+
+    # One process after the other.
+
+    async def _spawn(self) -> ModelProcess:
+        settings = self.settings
+        load = {"model": settings.model, "size": settings.size, "steps": settings.steps}
+        self._ended.clear()
+        self._process = await ModelProcess.spawn(
+            {**load, "options": dict(settings.options)}, settings.load_timeout_s, self._snapshots, self._on_end
+        )
+        return self._process
+
+    def _on_end(self) -> None:
+        if self._turn.done():
+            self._turn = _expected()
+        self._ended.set()
+
+    async def _supervise(self, process: ModelProcess | None) -> None:
+        """Wait for the end of each process, and start the next."""
+        policy, backoff, failures = self.settings.restarts, Backoff(self.settings.restarts), 0
+        loop = asyncio.get_running_loop()
+        while self._end is None:
+            lived_s = 0.0
             try:
-                text_bytes, body_bytes = HEAD.unpack(await self._output.readexactly(HEAD.size))
-                header = json.loads(await self._output.readexactly(text_bytes))
-                body = await self._output.readexactly(body_bytes)
-            except (asyncio.IncompleteReadError, ConnectionError):
-                self._fail_all(EngineError(self._obituary(await self._process.wait())))
-                return
-            request = self._requests.get(header.get("id") or 0)
-            match header["op"]:
-                case "ready":
-                    spec = StreamSpec(**header["spec"])
-                    self.load_s = header["load_s"]
-                    shared = mmap.mmap(self._descriptor, slot_bytes(header["spec"]) * SLOTS)
-                    memory = np.frombuffer(shared, np.uint8).reshape(SLOTS, -1)
-                    if not self._ready.done():
-                        self._ready.set_result(spec)
-                case "block":
-                    assert memory is not None
-                    assert spec is not None
-                    shape = (header["frames"], spec.height, spec.width, 3)
-                    # Copied out at once (a millisecond): the slot is free again, and the frames are the caller's.
-                    frames = memory[header["slot"], : int(np.prod(shape))].reshape(shape).copy()
-                    self._send({"op": "free", "slot": header["slot"]})
-                    if request is not None:
-                        request.blocks.append(FrameBlock(frames, np.frombuffer(body, np.float32), header["start"]))
-                case "done":
-                    if request is not None and not request.answer.done():
-                        request.answer.set_result(header["seconds"])
-                case "failed":
-                    error = _failure(header)
-                    if header["id"] is None:
-                        self._fail_all(error)
-                    elif request is not None and not request.answer.done():
-                        request.answer.set_exception(error)
+                if process is None:
+                    process = await self._spawn()
+                self._accept(process, await process.ready())
+            except (OSError, ProcessDied, AvatardError, ModelFailure) as error:
+                reason = f"its process {error}" if isinstance(error, ProcessDied) else str(error)
+                if self._spec is None:
+                    died = isinstance(error, ProcessDied | OSError)
+                    self._give_up(EngineError(f"model {self.settings.model}: {reason}") if died else error)
+                    return
+                failures += 1
+                if failures == policy.failed_loads:
+                    times = f"{failures} times in a row" if failures > 1 else "once"
+                    self._give_up(
+                        EngineError(f"model {self.settings.model}: {reason}; starting it again failed {times}")
+                    )
+                    return
+            else:
+                ready_at, failures = loop.time(), 0
+                await self._ended.wait()
+                lived_s = loop.time() - ready_at
+                reason = f"its process {process.death}"
+            wait_s = backoff.next_s(lived_s)
+            when = f"in {wait_s:g} s" if wait_s else "at once"
+            log.warning("model %s: %s; it is started again %s", self.settings.model, reason, when)
+            self._change("restarting")
+            if process is not None:
+                process.kill()
+                await process.gone(REAP_S)
+            await asyncio.sleep(wait_s)
+            process = None
+            self.restarts += 1
 
-    def _fail_all(self, error: Exception) -> None:
-        self._dead = self._dead or error
-        if not self._ready.done():
-            self._ready.set_exception(self._dead)
-        for request in self._requests.values():
-            if not request.answer.done():
-                request.answer.set_exception(self._dead)
+    def _accept(self, process: ModelProcess, spec: StreamSpec) -> None:
+        if self._spec is not None and spec != self._spec:
+            raise EngineError(f"the model has changed its shape from {self._spec} to {spec}")
+        if process.death is not None:
+            raise process.death
+        self._spec = spec
+        self._turn.set_result(process)
+        self._change("ready")
 
-    def _hung(self, what: str) -> EngineError:
-        self._dead = EngineError(f"model {self._settings.model}: {what}; its process was ended")
-        self.kill()
-        return self._dead
+    def _give_up(self, error: Exception) -> None:
+        """There will be no process any more."""
+        if self._end is not None:
+            return
+        self._end = error
+        if self._turn.done():
+            self._turn = _expected()
+        self._turn.set_exception(error)
+        self._change("ended")
 
-    def _obituary(self, status: int) -> str:
-        if status == -signal.SIGKILL:
-            why = "was killed; if nobody did it, the system ran out of memory (try a smaller --size)"
-        elif status < 0:
-            why = f"died of {signal.Signals(-status).name}"
-        else:
-            why = f"ended by itself with status {status}"
-        return f"model {self._settings.model}: its process {why}"
+    def _change(self, state: EngineState) -> None:
+        if state != self.state:
+            self.state = state
+            self._on_change(state)
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What the state was before that block: on which shelf, and how many bytes."""
+
+    block: int
+    shelf: int
+    bytes: int
 
 
 class EngineSession:
-    """One person speaking: a state in the engine's process, addressed by `id`.
+    """One person speaking: a state in the engine's process, addressed by `id`, that outlives the process.
 
-    busy_s: seconds the model has worked for this session.
+    When the process dies, the next one is given the last snapshot, hears again what was said since then, and goes on. A
+    step that was under way then takes longer, and that is all its caller sees of it.
+
+    busy_s: seconds the model has worked for this session; blocks: how many were made, so the number of the next one.
     """
 
-    def __init__(self, engine: Engine, identity: str, spec: StreamSpec) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        engine: Engine,
+        identity: str,
+        spec: StreamSpec,
+        reference: Reference,
+        rewind_blocks: int,
+        snapshot_every_s: float,
+    ) -> None:
+        self._engine, self._reference = engine, reference
         self.id = identity
         self.spec = spec
         self.busy_s = 0.0
+        self.blocks = 0
+        self._rewind_blocks = rewind_blocks
+        self._snapshot_every = max(1, round(snapshot_every_s / spec.block_seconds))
+        self._furthest = 0
+        self._sound: dict[int, _Sound] = {}
+        """What was said since the oldest snapshot that may be needed."""
+        self._snapshots: list[_Snapshot] = []
+        self._saving: asyncio.Future[Answer] | None = None
+        """The snapshot under way, of before `_saving_block`."""
+        self._saving_block = 0
+        self._next_save = self._snapshot_every
+        self._unsaveable: BaseException | None = None
+        self._there: _Place | None = None
+        self._under_way: asyncio.Future[Answer] | None = None
+        self._turn = asyncio.Lock()
+        self._closed = False
+
+    async def begin(self) -> None:
+        """Have the model encode picture and prompt."""
+        try:
+            await self._surely(0, lambda process: _nothing())
+        except BaseException:
+            await self.close()
+            raise
 
     async def step(self, audio: AudioBlock) -> list[FrameBlock]:
-        """Advance by one block of sound. Raises: AvatardError, as the model said it; EngineError; ModelFailure."""
-        sound = np.concatenate([audio.samples, audio.ahead]).astype(np.float32, copy=False)
-        header = {"op": "step", "start": audio.start, "valid": audio.valid, "samples": len(audio.samples)}
-        return await self._engine._ask(self, header, sound.tobytes())
+        """Advance by one block of sound; a step that is cancelled counts, and its frames are lost.
+
+        Raises: AvatardError, as the model said it, or ModelFailure: the session is where it was before the step;
+        EngineError: the process died too often at this block, or will not be started again.
+        """
+        async with self._turn:
+            number = self.blocks
+            self._sound[number] = _Sound.of(audio)
+            self.blocks = number + 1
+            self._furthest = max(self._furthest, self.blocks)
+            try:
+                blocks = await self._surely(number, lambda process: self._advance(process, "step", number))
+            except Exception:
+                self._sound.pop(number, None)
+                self.blocks = number
+                self._there = None
+                raise
+            self._save()
+            return blocks
 
     async def finish(self) -> list[FrameBlock]:
         """The blocks still in flight. Raises: as `step`."""
-        return await self._engine._ask(self, {"op": "finish"})
+        async with self._turn:
+            return await self._surely(self.blocks, self._finish)
+
+    async def rewind(self, block: int) -> None:
+        """Go back to before that block was made; the next step makes it again.
+
+        Raises: ValueError: it is not made yet, or more than `rewind_blocks` before the furthest block ever made.
+        """
+        async with self._turn:
+            if not self._first_needed <= block <= self.blocks:
+                raise ValueError(f"block {block} is not within {self._first_needed}..{self.blocks}")
+            self.blocks = block
+            for number in [n for n in self._sound if n >= block]:
+                del self._sound[number]
+            if self._saving_block > block:
+                self._saving = None  # what it saves is not going to have happened
+            self._keep([snapshot for snapshot in self._snapshots if snapshot.block <= block])
+            last = self._snapshots[-1].block if self._snapshots else 0
+            self._next_save = min(self._next_save, last + self._snapshot_every)
 
     async def close(self) -> None:
         """Let the engine forget the state."""
-        self._engine._send({"op": "close", "session": self.id})
+        if self._closed:
+            return
+        self._closed = True
+        self._engine.forget(self.id)
+        self._saving = None
+        self._keep([])
+        self._sound.clear()
+
+    # A state that is there when it is needed.
+
+    async def _surely(self, block: int, work: Callable[[ModelProcess], Awaitable[T]]) -> T:
+        """Do `work` in a process that holds the state as it was before that block, however many processes it takes."""
+        if self._under_way is not None:
+            # Of a call that was cancelled; how it ends decides where the state is.
+            await asyncio.wait([self._under_way])
+        deaths, limit = 0, self._engine.settings.restarts.deaths_per_block
+        while True:
+            process = await self._engine.process()
+            try:
+                await self._bring(process, block)
+                return await work(process)
+            except ProcessDied as death:
+                if death.culprit != self.id:
+                    continue
+                deaths += 1
+                if deaths == limit:
+                    times = f"{deaths} times in a row" if deaths > 1 else "that was"
+                    raise EngineError(
+                        f"model {self._engine.settings.model}: its process {death}; {times} at block {block} "
+                        f"({block * self.spec.block_seconds:.2f} s)"
+                    ) from None
+
+    async def _bring(self, process: ModelProcess, block: int) -> None:
+        """Have that process hold the state as it was before that block."""
+        if self._there is None or self._there.process is not process or block < self._there.since:
+            await self._restore(process)
+        assert self._there is not None
+        if block < self._there.block:
+            self._there.block = block
+            await self._ask(process, {"op": "rewind", "block": block})
+        for number in range(self._there.block, block):
+            if number not in self._sound:
+                raise EngineError(
+                    f"model {self._engine.settings.model}: its process ended, and the session with it, since its "
+                    f"state cannot be saved: {self._unsaveable}"
+                )
+            await self._advance(process, "replay", number)
+
+    async def _restore(self, process: ModelProcess) -> None:
+        """Have that process hold the last snapshot, or begin with the reference where there is none."""
+        image = np.ascontiguousarray(self._reference.image)
+        header: dict[str, Any] = {"op": "open", "shape": image.shape, "history": self._rewind_blocks}
+        header |= {"prompt": self._reference.prompt, "seed": self._reference.seed}
+        start = 0
+        if self._snapshots:
+            last = self._snapshots[-1]
+            header |= {"op": "restore", "shelf": last.shelf, "bytes": last.bytes}
+            start = last.block
+        self._there = _Place(process, start, start)
+        await self._ask(process, header, image.tobytes(), self._engine.settings.load_timeout_s)
+
+    async def _advance(self, process: ModelProcess, op: str, number: int) -> list[FrameBlock]:
+        """Make that block: "step" gives its frames, "replay" none."""
+        assert self._there is not None
+        sound = self._sound[number]
+        self._there.block = number + 1
+        return (await self._ask(process, {"op": op, "block": number, **sound.header}, sound.samples)).blocks
+
+    async def _finish(self, process: ModelProcess) -> list[FrameBlock]:
+        return (await self._ask(process, {"op": "finish"})).blocks
+
+    async def _ask(
+        self, process: ModelProcess, header: dict[str, Any], body: bytes = b"", limit_s: float | None = None
+    ) -> Answer:
+        limit_s = self._engine.settings.step_timeout_s if limit_s is None else limit_s
+        answer = process.send(header, body, session=self.id, limit_s=limit_s)
+        answer.add_done_callback(self._note_failure)
+        self._under_way = answer
+        made = await asyncio.shield(answer)
+        self.busy_s += made.seconds
+        return made
+
+    def _note_failure(self, answer: asyncio.Future[Answer]) -> None:
+        """A request that failed leaves a state that nobody knows, also when nobody waits for it any more."""
+        if answer.exception() is not None:
+            self._there = None
+
+    # Snapshots.
+
+    @property
+    def _first_needed(self) -> int:
+        """The first block that a rewind may ask for."""
+        return max(0, self._furthest - self._rewind_blocks)
+
+    def _save(self) -> None:
+        """Ask for a snapshot when it is time for one; nobody waits for it."""
+        if self._unsaveable is not None:
+            self._sound.clear()
+            return
+        if self.blocks < self._next_save or self._saving is not None or self._there is None:
+            return
+        block, shelf = self.blocks, self._engine.shelves.take()
+        self._next_save = block + self._snapshot_every
+        self._saving_block = block
+        self._saving = self._there.process.send(
+            {"op": "snapshot", "shelf": shelf}, session=self.id, limit_s=self._engine.settings.step_timeout_s
+        )
+        self._saving.add_done_callback(lambda answer: self._saved(answer, block, shelf))
+
+    def _saved(self, answer: asyncio.Future[Answer], block: int, shelf: int) -> None:
+        wanted = self._saving is answer
+        if wanted:
+            self._saving = None
+        failure = answer.exception()
+        if wanted and failure is None:
+            self._keep([*self._snapshots, _Snapshot(block, shelf, answer.result().bytes)])
+            return
+        self._engine.shelves.give_back(shelf)
+        if failure is not None and not isinstance(failure, ProcessDied):
+            self._unsaveable = failure
+            self._sound.clear()
+            log.warning(
+                "model %s: a session cannot be saved, so it does not outlive the model's process: %s",
+                self._engine.settings.model,
+                failure,
+            )
+
+    def _keep(self, snapshots: list[_Snapshot]) -> None:
+        """Keep these, but for those that are older than any rewind needs; and the sound since the oldest of them."""
+        old = [snapshot for snapshot in snapshots if snapshot.block <= self._first_needed]
+        needed = [snapshot for snapshot in snapshots if snapshot.block > self._first_needed]
+        needed = old[-1:] + needed
+        for snapshot in self._snapshots:
+            if snapshot not in needed:
+                self._engine.shelves.give_back(snapshot.shelf)
+        self._snapshots = needed
+        if old:
+            for number in [n for n in self._sound if n < old[-1].block]:
+                del self._sound[number]
 
 
 @dataclass
-class _Request:
-    answer: asyncio.Future[float]
-    blocks: list[FrameBlock] = field(default_factory=list)
+class _Place:
+    """Where a session's state is: in that process, as before `block`; and it can go back there as far as `since`."""
+
+    process: ModelProcess
+    since: int
+    block: int
 
 
-def _failure(header: dict[str, Any]) -> Exception:
-    if header["kind"] == "user":
-        return AvatardError(header["message"])
-    failure = ModelFailure(header["message"])
-    failure.add_note("In the model's process:\n" + header["trace"])
-    return failure
+@dataclass(frozen=True)
+class _Sound:
+    """One block of sound as it is sent."""
+
+    header: dict[str, Any]
+    samples: bytes
+
+    @classmethod
+    def of(cls, audio: AudioBlock) -> Self:
+        sound = np.concatenate([audio.samples, audio.ahead]).astype(np.float32, copy=False)
+        header = {"start": audio.start, "valid": audio.valid, "samples": len(audio.samples)}
+        return cls(header, sound.tobytes())
 
 
-OMP_SPINS = "1000"
-"""How often an idle OpenMP thread looks for work before it sleeps; set before torch loads, unless the user did.
+class _Shelves:
+    """Places for snapshots in one file: numbers from 0, the lowest free one first."""
 
-A block of pocket on 2 cores took 176 ms with threads that sleep at once, 108 ms with 1,000 looks, 100 ms with the
-library's own 300,000; beside a process that takes a whole core 183, 233 and 300 ms.
-"""
+    def __init__(self) -> None:
+        self._count = 0
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        if self._free:
+            return heapq.heappop(self._free)
+        self._count += 1
+        return self._count - 1
+
+    def give_back(self, shelf: int) -> None:
+        heapq.heappush(self._free, shelf)
 
 
-def _child_environment() -> dict[str, str]:
-    """The child's environment: our packages, and OpenMP threads that spin a little between layers, then sleep."""
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    spins = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": OMP_SPINS}
-    return {**spins, **os.environ, "PYTHONPATH": path}
+async def _nothing() -> None:
+    pass
 
 
-def _anonymous_file() -> int:
-    """A descriptor of memory without a name, so that nothing is left behind however either process ends."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("avatard-frames")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+def _expected() -> asyncio.Future[ModelProcess]:
+    """A process to come; it may fail to without anybody having asked."""
+    future: asyncio.Future[ModelProcess] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future

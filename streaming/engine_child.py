@@ -1,16 +1,23 @@
 """The engine's own process: one model, many sessions, answers on a pipe, frames through shared memory.
 
-Started by `streaming.engine` as `python -m streaming.engine_child DESCRIPTOR`. A message is a JSON header and bytes:
+Started by `streaming.engine_process` as `python -m streaming.engine_child FRAMES SNAPSHOTS`, two descriptors. A message
+is a JSON header and bytes:
 
     to the child                                          from the child
-    load   model size steps options slots                 ready   spec, load_s
-    open   id session shape prompt seed      + image      done    id seconds
-    step   id session start valid samples    + sound      block   id slot frames start    + sound; before its `done`
-    finish id session                                     failed  id kind message trace
-    close  session
-    free   slot
+    load     model size steps options slots               ready   spec, load_s
+    open     id session history shape prompt seed + image done    id seconds bytes
+    step     id session block start valid samples + sound block   id slot frames start    + sound; before its `done`
+    replay   like step; its blocks are not sent           failed  id kind message trace
+    finish   id session
+    rewind   id session block
+    snapshot id session shelf
+    restore  like open; and shelf bytes
+    close    session
+    free     slot
 
-A block's frames lie in `slot` of the shared memory until the parent frees it. The end of the input ends the process.
+A block's frames lie in `slot` of the shared memory until the parent frees it. A snapshot lies on a `shelf` of another
+file, which outlives this process. Requests are answered in the order in which they come: with one step of each session
+under way, the sessions take turns. The end of the input ends the process.
 This is the only module of streaming that reaches a family of models, and only when it is asked to load one.
 """
 
@@ -27,14 +34,14 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
-from avatar.model import AvatarModel, FrameBlock, Reference, State
+from avatar.model import AvatarModel, FrameBlock, Reference, Resumable, State
 
 HEAD = struct.Struct("<II")
 """Lengths in bytes of the JSON header and of what follows it."""
@@ -43,6 +50,12 @@ Message = tuple[dict[str, Any], bytes]
 
 MODEL_FILE = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 """A model of one's own: FILE.py:FUNCTION, called as function(size, steps, options)."""
+
+OWN_MODULE = "own_model"
+"""What that file is called as a module; classes of its states are found there."""
+
+SHELF_BYTES = 1 << 36
+"""From one shelf to the next. The file has holes: only what is written takes memory."""
 
 
 def pack(header: dict[str, Any], *parts: bytes | memoryview) -> bytes:
@@ -65,24 +78,35 @@ def load(model: str, size: Sequence[int] | None, steps: int | None, options: dic
         from avatar.load import load_model  # here, since it imports torch
 
         return load_model(model, size=pair, steps=steps, options=options)
-    module_spec = importlib.util.spec_from_file_location("own_model", match["path"])
+    module_spec = importlib.util.spec_from_file_location(OWN_MODULE, match["path"])
     if module_spec is None or module_spec.loader is None or not os.path.exists(match["path"]):
         raise AvatardError(f"model {model}: there is no file {match['path']}")
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules["own_model"] = module
+    sys.modules[OWN_MODULE] = module
     module_spec.loader.exec_module(module)
     loaded: AvatarModel = getattr(module, match["function"])(size=pair, steps=steps, options=options)
     return loaded
 
 
+@dataclass
+class Kept:
+    """A session: its state, and what the state was before each of the last `depth` blocks, oldest first."""
+
+    reference: Reference
+    state: State
+    depth: int
+    history: deque[tuple[int, Any]] = field(default_factory=deque)
+
+
 class Child:
     """Serves one request after the other; sessions share nothing but the weights."""
 
-    def __init__(self, requests: BinaryIO, answers: BinaryIO, descriptor: int) -> None:
-        self._requests, self._answers, self._descriptor = requests, answers, descriptor
+    def __init__(self, requests: BinaryIO, answers: BinaryIO, frames: int, snapshots: int) -> None:
+        self._requests, self._answers = requests, answers
+        self._descriptor, self._shelves = frames, snapshots
         self._inbox: deque[Message] = deque()
         self._free: deque[int] = deque()
-        self._states: dict[str, State] = {}
+        self._sessions: dict[str, Kept] = {}
 
     def serve(self) -> None:
         """Load, then answer until the input ends."""
@@ -93,12 +117,13 @@ class Child:
             header, body = request
             began = time.monotonic()
             try:
-                self._answer(header, body)
+                written = self._answer(header, body)
             except Exception as error:
                 self._fail(header.get("id"), error)
             else:
                 if "id" in header:
-                    self._send({"op": "done", "id": header["id"], "seconds": time.monotonic() - began})
+                    seconds = time.monotonic() - began
+                    self._send({"op": "done", "id": header["id"], "seconds": seconds, "bytes": written})
 
     def _load(self, header: dict[str, Any]) -> bool:
         began = time.monotonic()
@@ -114,21 +139,90 @@ class Child:
         self._send({"op": "ready", "spec": spec, "load_s": time.monotonic() - began})
         return True
 
-    def _answer(self, header: dict[str, Any], body: bytes) -> None:
-        session = header.get("session", "")
+    def _answer(self, header: dict[str, Any], body: bytes) -> int:
+        """Do what is asked; the bytes of a snapshot, otherwise 0."""
+        name = header.get("session", "")
         match header["op"]:
             case "open":
-                image = np.frombuffer(body, np.uint8).reshape(header["shape"])
-                self._states[session] = self._model.start(Reference(image, header["prompt"], header["seed"]))
+                reference = _reference(header, body)
+                self._sessions[name] = Kept(reference, self._model.start(reference), header["history"])
+            case "restore":
+                reference = _reference(header, body)
+                state = self._resume(reference, self._load_snapshot(header["shelf"], header["bytes"]))
+                self._sessions[name] = Kept(reference, state, header["history"])
             case "step":
-                sound = np.frombuffer(body, np.float32)
-                samples, ahead = sound[: header["samples"]], sound[header["samples"] :]
-                block = AudioBlock(samples, header["start"], header["valid"], ahead)
-                self._send_blocks(header["id"], self._model.step(self._states[session], block))
+                self._send_blocks(header["id"], self._step(self._sessions[name], header, body))
+            case "replay":
+                self._step(self._sessions[name], header, body)
             case "finish":
-                self._send_blocks(header["id"], self._model.finish(self._states[session]))
+                self._send_blocks(header["id"], self._model.finish(self._sessions[name].state))
+            case "rewind":
+                self._rewind(self._sessions[name], header["block"])
+            case "snapshot":
+                return self._save_snapshot(self._sessions[name], header["shelf"])
             case "close":
-                self._states.pop(session, None)
+                self._sessions.pop(name, None)
+        return 0
+
+    def _step(self, session: Kept, header: dict[str, Any], body: bytes) -> list[FrameBlock]:
+        if session.depth:
+            self._remember(session, header["block"])
+        sound = np.frombuffer(body, np.float32)
+        samples, ahead = sound[: header["samples"]], sound[header["samples"] :]
+        return self._model.step(session.state, AudioBlock(samples, header["start"], header["valid"], ahead))
+
+    # What a session was, and what it can be again.
+
+    def _remember(self, session: Kept, block: int) -> None:
+        """Keep the state as it is before that block; after a rewind it is kept already."""
+        from avatar.stateful import clone, restore
+
+        history = session.history
+        if history and history[-1][0] == block:
+            return
+        part = self._part(session.state)
+        # Into the memory of the oldest one: on a CPU fresh memory takes five times as long to write.
+        full = len(history) == session.depth
+        history.append((block, restore(history.popleft()[1], part) if full else clone(part)))
+
+    def _rewind(self, session: Kept, block: int) -> None:
+        from avatar.stateful import clone, restore
+
+        while session.history and session.history[-1][0] > block:
+            session.history.pop()
+        at, kept = session.history[-1]
+        assert at == block, f"the state before block {block} is not kept, but that before {at}"
+        if isinstance(self._model, Resumable):
+            session.state = self._model.resume(session.reference, clone(kept))
+        else:
+            session.state = restore(session.state, kept)
+
+    def _save_snapshot(self, session: Kept, shelf: int) -> int:
+        """Write the session's snapshot to its place, from the state's own memory; the number of bytes."""
+        from avatar.stateful import save
+
+        start = at = shelf * SHELF_BYTES
+        for part in save(self._part(session.state), {OWN_MODULE}):
+            done = 0
+            while done < len(part):
+                done += os.pwrite(self._shelves, part[done:], at + done)
+            at += len(part)
+        return at - start
+
+    def _load_snapshot(self, shelf: int, length: int) -> Any:
+        from avatar.stateful import load as load_state
+
+        written = mmap.mmap(self._shelves, length, offset=shelf * SHELF_BYTES, access=mmap.ACCESS_READ)
+        return load_state(memoryview(written), {OWN_MODULE})
+
+    def _part(self, state: State) -> Any:
+        """As much of a state as it takes to have it back."""
+        return self._model.snapshot(state) if isinstance(self._model, Resumable) else state
+
+    def _resume(self, reference: Reference, part: Any) -> State:
+        return self._model.resume(reference, part) if isinstance(self._model, Resumable) else part
+
+    # Messages.
 
     def _send_blocks(self, request: int, blocks: Sequence[FrameBlock]) -> None:
         for block in blocks:
@@ -179,11 +273,15 @@ class Child:
             os._exit(0)
 
 
+def _reference(header: dict[str, Any], body: bytes) -> Reference:
+    return Reference(np.frombuffer(body, np.uint8).reshape(header["shape"]), header["prompt"], header["seed"])
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     # A library that prints must not print into the protocol.
     os.dup2(2, 1)
-    Child(sys.stdin.buffer, answers, int(sys.argv[1])).serve()
+    Child(sys.stdin.buffer, answers, int(sys.argv[1]), int(sys.argv[2])).serve()
     # Nothing here outlives the process, and tearing torch down would cost its user a third of a second.
     os._exit(0)
 

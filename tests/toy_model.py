@@ -22,7 +22,7 @@ from avatar.model import FrameBlock, Part, Reference, StreamSpec
 CLICK = 0.5
 """A frame is white when its sound reaches this."""
 
-OPTIONS = ("delay", "step_s", "fail_at", "how")
+OPTIONS = ("delay", "step_s", "fail_at", "how", "deaths", "diary")
 
 
 @dataclass
@@ -89,9 +89,25 @@ class ToyModel:
         raise RuntimeError("the toy broke")
 
 
+def _death(deaths: list[int | str], diary: str) -> int | str:
+    """At which block this life of the engine's process ends. Lives count themselves in the file `diary`."""
+    with open(diary, "ab") as book:
+        life = book.tell()
+        book.write(b".")
+    return deaths[life] if life < len(deaths) else -1
+
+
 def load(size: tuple[int, int] | None, steps: int | None, options: dict[str, Any]) -> ToyModel:
-    """What `avatar.load.load_model` is for real models."""
+    """What `avatar.load.load_model` is for real models.
+
+    Options beside the toy's own: `deaths`, the `fail_at` of each life of the engine's process, or "load"; `diary`.
+    """
     unknown = set(options) - set(OPTIONS)
     if unknown:
         raise AvatardError(f"model.options.{min(unknown)}: unknown setting of the toy; it has {', '.join(OPTIONS)}")
+    if "deaths" in options:
+        options = {"how": "kill", **options}
+        options["fail_at"] = _death(options.pop("deaths"), options.pop("diary"))
+        if options["fail_at"] == "load":
+            os.kill(os.getpid(), signal.SIGKILL)
     return ToyModel(size or (64, 64), **options)

@@ -1,10 +1,9 @@
-"""Engine: the toy model in a real process, and every way that process can end."""
+"""Engine: the toy model in a real process, one session or many. What happens when it dies is in test_engine_faults."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ import pytest
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
 from avatar.model import Reference
-from streaming.engine import SLOTS, Engine, EngineError, EngineSettings, ModelFailure
+from streaming.engine import Engine, EngineError, EngineSettings
+from streaming.engine_process import SLOTS, ModelFailure
 
 TOY = str(Path(__file__).parent.parent / "toy_model.py") + ":load"
 GREY = Reference(np.full((40, 50, 3), 120, np.uint8), seed=3)
@@ -28,6 +28,30 @@ def toy(**options: object) -> EngineSettings:
 def sound(number: int, valid: int = 7680, seed: int = 0) -> AudioBlock:
     samples = np.random.default_rng([seed, number]).normal(0, 0.05, 7680).astype(np.float32)
     return AudioBlock(samples, number * 7680, valid, np.zeros(1280, np.float32))
+
+
+def loud(number: int) -> AudioBlock:
+    return replace(sound(number), samples=np.ones(7680, np.float32))
+
+
+PICKY = """
+class Picky(ToyModel):
+    def step(self, state, audio):
+        blocks = super().step(state, audio)
+        if audio.samples.max() >= 1:
+            raise AvatardError("too loud")
+        return blocks
+
+def load(size, steps, options):
+    return Picky((64, 64))
+"""
+
+
+def own_model(folder: Path, source: str) -> EngineSettings:
+    """A model file made of the toy's and something more, as one module: its states can be saved."""
+    path = folder / "own.py"
+    path.write_text(Path(TOY.removesuffix(":load")).read_text() + source)
+    return EngineSettings(f"{path}:load")
 
 
 async def frames_of(engine: Engine, blocks: int, seed: int = 0) -> np.ndarray:
@@ -61,6 +85,29 @@ async def test_two_sessions_at_once_give_what_each_gives_alone():
     np.testing.assert_array_equal(together[1], alone[1])
 
 
+async def test_sessions_take_turns():
+    async with await Engine.launch(toy(step_s=0.01)) as engine:
+        sessions = [await engine.open(replace(GREY, seed=seed)) for seed in range(3)]
+        made: list[int] = []
+
+        async def speak(which: int) -> None:
+            for number in range(8):
+                await sessions[which].step(sound(number))
+                made.append(which)
+
+        await asyncio.gather(*(speak(which) for which in range(3)))
+    rounds = [sorted(made[at : at + 3]) for at in range(0, 24, 3)]
+    assert rounds == [[0, 1, 2]] * 8
+
+
+async def test_waiting_for_others_is_not_hanging():
+    settings = replace(toy(step_s=0.2), step_timeout_s=0.5)
+    async with await Engine.launch(settings) as engine:
+        sessions = [await engine.open(GREY) for _ in range(4)]
+        await asyncio.gather(*(session.step(sound(0)) for session in sessions))
+        assert engine.restarts == 0
+
+
 async def test_more_blocks_at_once_than_the_shared_memory_holds_all_arrive():
     held_back = SLOTS + 3
     async with await Engine.launch(toy(delay=held_back)) as engine:
@@ -80,38 +127,26 @@ async def test_what_the_user_can_mend_arrives_as_the_same_one_line():
             await session.step(sound(1))
 
 
+async def test_a_step_that_the_model_refused_did_not_happen(tmp_path):
+    async with await Engine.launch(own_model(tmp_path, PICKY)) as engine:
+        session = await engine.open(replace(GREY, seed=0))
+        await session.step(sound(0))
+        with pytest.raises(AvatardError, match="too loud"):
+            await session.step(loud(1))
+        assert session.blocks == 1
+        made = await session.step(sound(1))
+        await session.step(sound(2))
+        assert engine.restarts == 0
+    async with await Engine.launch(toy()) as engine:
+        np.testing.assert_array_equal(made[0].frames, (await frames_of(engine, 2))[12:])
+
+
 async def test_a_bug_in_the_model_arrives_with_the_traceback_of_its_process():
     async with await Engine.launch(toy(fail_at=0, how="bug")) as engine:
         session = await engine.open(GREY)
         with pytest.raises(ModelFailure, match="RuntimeError: the toy broke") as caught:
             await session.step(sound(0))
     assert "toy_model.py" in caught.value.__notes__[0]
-
-
-async def test_a_killed_process_is_an_error_now_and_later():
-    async with await Engine.launch(toy(fail_at=0, how="kill")) as engine:
-        session = await engine.open(GREY)
-        for _ in range(2):
-            with pytest.raises(EngineError, match="was killed"):
-                await session.step(sound(0))
-
-
-async def test_a_process_killed_while_idle_is_an_error_at_the_next_request():
-    async with await Engine.launch(toy()) as engine:
-        session = await engine.open(GREY)
-        os.kill(engine.pid, signal.SIGTERM)
-        with pytest.raises(EngineError, match="SIGTERM"):
-            await session.step(sound(0))
-
-
-async def test_a_step_that_hangs_ends_the_process():
-    settings = replace(toy(fail_at=0, how="hang"), step_timeout_s=0.2)
-    async with await Engine.launch(settings) as engine:
-        session = await engine.open(GREY)
-        with pytest.raises(EngineError, match=r"gave no answer to step in 0\.2 s"):
-            await session.step(sound(0))
-        with pytest.raises(EngineError, match="gave no answer"):
-            await engine.open(GREY)
 
 
 async def test_an_unknown_option_is_refused_when_the_model_loads():
