@@ -329,6 +329,7 @@ class Lane:
         if aired_s >= policy.healthy_s:
             self._losses = self._refusals = 0
         if isinstance(error, TargetAbsent):
+            self._refusals = 0
             return policy.look_s * self._rng.uniform(1 - policy.jitter, 1)
         if aired_s >= policy.aired_s:
             self._refusals = 0

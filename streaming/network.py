@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -46,8 +47,19 @@ CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 
-READ_SHARE = 4
-"""The other end is alive when it reads at least one of so many bytes that it is sent."""
+STALL_SLICES = 4
+
+WINDOW_SHARE = 0.2
+"""By how much of what is acknowledged a window shrinks at least when nobody reads. On Linux it is 0.35 or more; below
+200 kbit/s, where small packets are packed together, less: there a frozen server is found out only when it is full."""
+
+WINDOW_NOISE = 3000
+"""Bytes that a window goes up and down by itself; it is rounded by as much."""
+
+LATE_S = 0.5
+"""How late a report may be for the time since the last one to count in full."""
+
+LAST_BREATH_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,8 @@ class NetworkSink:
         self._reader: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
         self._state = "new"
-        self._error: Exception | None = None
+        self._error: SinkError | None = None
+        self._gone = False
         self._muxer: Muxer | None = None
         self._bytes = ByteBuffer()
         self._flow = Flow(self._limits.stall_s)
@@ -207,6 +220,7 @@ class NetworkSink:
                 )
                 return
             if not line:
+                self._gone = True
                 status = await self._process.wait()
                 self._fail(SinkError(f"{self.name}: the publishing process ended with status {status}"))
                 return
@@ -219,18 +233,18 @@ class NetworkSink:
             if self._flow.stalled and self._state == "connected":
                 self._fail(SinkError(f"{self.name}: the server has taken nothing for {self._limits.stall_s:g} s"))
         elif event == "failed":
+            self._gone = True
             self._fail(self._cause(**report))
         elif self._state != "closed":
             self._state = event
         self._news.set()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: SinkError) -> None:
         if self._error is None:
             self._error = error
-        self._kill()
         self._news.set()
 
-    def _cause(self, kind: str, why: str, log: Sequence[str], trace: str) -> Exception:
+    def _cause(self, kind: str, why: str, log: Sequence[str], trace: str) -> SinkError:
         """What the process's last report means. FFmpeg says most of it in its log only."""
         said = blanked("; ".join(log), self._url)
         if trace:
@@ -248,16 +262,17 @@ class NetworkSink:
             f"{self.name}: the server ended the connection without a word; are application and stream key right?"
         )
 
-    def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-
     async def _end(self) -> None:
         """No process and no task is left behind."""
         assert self._process is not None
-        self._kill()
-        await self._process.wait()
+        with contextlib.suppress(TimeoutError):
+            # One that has reported its failure is about to end, and asyncio is confused by a kill at that moment.
+            async with asyncio.timeout(LAST_BREATH_S if self._gone else 0):
+                await self._process.wait()
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.wait([self._reader])
@@ -265,21 +280,34 @@ class NetworkSink:
             self._process.stdin.close()
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """How far a connection was: when, bytes that the other end had acknowledged, its window, and if all was sent."""
+
+    at_s: float
+    acked: int
+    window: int | None
+    idle: bool
+
+
 class Flow:
     """How far a stream of bytes has come on its way to the other end, by what the process that sends it reports.
 
     pending_s: seconds of the stream that were written and have not left this machine; what is on the wire does not
-    count, so a long way is not taken for a narrow one. stalled: the other end takes nothing any more.
+    count, so a long way is not taken for a narrow one. stalled: for `stall_s` the other end has read nothing.
+
+    A kernel goes on acknowledging what its own process does not read, until its buffers are full: for a minute at the
+    rate of an idle face. But its window shrinks meanwhile, and who reads opens it again. So the last seconds are looked
+    at in slices, and in each the window must have shrunk along with what was acknowledged, or nothing moved at all.
     """
 
     def __init__(self, stall_s: float) -> None:
-        self._stall_s = stall_s
+        self._slice_s = stall_s / STALL_SLICES
         self._written = 0
         self._written_s = self._left_s = 0.0
-        self._marks: deque[tuple[int, float]] = deque()
+        self._pending: deque[tuple[int, float]] = deque()
         self._reported_at: float | None = None
-        self._still_s = 0.0
-        self._anchor = (0, 0)
+        self._marks: deque[_Mark] = deque()
         self.stalled = False
 
     @property
@@ -290,33 +318,38 @@ class Flow:
         """So many bytes more were written, with which so many seconds of the stream are complete."""
         self._written += size
         self._written_s += seconds
-        self._marks.append((self._written, self._written_s))
+        self._pending.append((self._written, self._written_s))
 
-    def report(self, at_s: float, taken: int, acked: int = 0, unsent: int = 0, window: int | None = None) -> None:
+    def report(
+        self, at_s: float, taken: int, acked: int | None = None, unsent: int = 0, window: int | None = None
+    ) -> None:
         """How far it is at a time of the reporter's clock: bytes taken from us; and of the socket, where the system
         says so, bytes that the other end has acknowledged, bytes not sent yet, and bytes that it would still take.
-
-        What a kernel at the other end acknowledges nobody may have read. But then what it would still take shrinks by
-        as much: only reading moves the sum of both.
         """
         left = taken - unsent
-        while self._marks and self._marks[0][0] <= left:
-            self._left_s = self._marks.popleft()[1]
-        read = left if window is None else acked + window
-        since = 0.0 if self._reported_at is None else at_s - self._reported_at
-        self._reported_at = at_s
+        while self._pending and self._pending[0][0] <= left:
+            self._left_s = self._pending.popleft()[1]
         # Not more at once than a report may be late: after the machine has slept nobody is to blame.
-        self._still_s += min(since, LATE_S)
-        moved, asked = read - self._anchor[0], self._written - self._anchor[1]
-        idle = not asked and left >= self._written
-        if idle or moved > asked / READ_SHARE:
-            self._anchor = read, self._written
-            self._still_s = 0.0
-        self.stalled = self._still_s > self._stall_s
+        passed_s = 0.0 if self._reported_at is None else min(at_s - self._reported_at, LATE_S)
+        self._reported_at = at_s
+        now_s = self._marks[-1].at_s + passed_s if self._marks else 0.0
+        self._marks.append(_Mark(now_s, left if acked is None else acked, window, left >= self._written))
+        edges = [now_s - number * self._slice_s for number in range(STALL_SLICES, -1, -1)]
+        if self._marks[0].at_s <= edges[0]:
+            while self._marks[1].at_s <= edges[0]:
+                self._marks.popleft()
+            marks = [next(mark for mark in self._marks if mark.at_s >= edge - 1e-6) for edge in edges]
+            self.stalled = all(itertools.starmap(_unread, itertools.pairwise(marks)))
 
 
-LATE_S = 0.5
-"""How late a report may be for the time since the last one to count in full."""
+def _unread(before: _Mark, after: _Mark) -> bool:
+    """Whether the other end seems to have read nothing between two reports."""
+    acked = after.acked - before.acked
+    if not acked:
+        return not before.idle and not after.idle
+    if before.window is None or after.window is None:
+        return False
+    return before.window - after.window >= max(WINDOW_NOISE, WINDOW_SHARE * acked)
 
 
 async def probe(name: str, host: str, port: int, limit_s: float, tls: bool = False) -> None:
@@ -325,16 +358,16 @@ async def probe(name: str, host: str, port: int, limit_s: float, tls: bool = Fal
     It costs nothing and tells more than FFmpeg does. Raises: TargetAbsent, TargetRefused: with `name` and the cause.
     """
     writer = None
-    stage = "does not answer"
+    stage = "was not found"
     try:
         async with asyncio.timeout(limit_s):
-            context = await asyncio.to_thread(ssl.create_default_context) if tls else None
-            stage = "was not found"
             address = await _resolve(host, port)
             stage = "does not answer"
-            reader, writer = await asyncio.open_connection(
-                address, port, ssl=context, server_hostname=host if tls else None
-            )
+            reader, writer = await asyncio.open_connection(address, port)
+            if tls:
+                stage = "takes the connection and does not speak TLS; is it rtmp:// ?"
+                context = await asyncio.to_thread(ssl.create_default_context)
+                await writer.start_tls(context, server_hostname=host)
             stage = "takes the connection and then says nothing; is it an RTMP server?"
             writer.write(b"\3" + bytes(8) + os.urandom(HANDSHAKE - 8))
             version = (await reader.readexactly(1 + HANDSHAKE))[0]
