@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avatar.quantize import FLOAT8, LARGEST, has_float8_products
+
 THETA = 10_000.0
 
 EXPLICIT_SCORES = 1 << 22
@@ -26,8 +28,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     Args:
         q: [B, N, heads, dim]; k, v: [B, M, heads, dim], read in place, so views of a larger buffer cost no copy.
         mask: None, or anything that broadcasts to [B, heads, N, M]: True where a query may look.
-    Returns: [B, N, heads, dim].
+    k and v may be e4m3, laid out as `KVCache` does; q is then rounded to it as well.
+    Returns: [B, N, heads, dim] in the type of q; bfloat16 where q is e4m3.
     """
+    if k.dtype == FLOAT8:
+        return _float8_attention(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if q.is_cpu and q.dtype == torch.bfloat16 and mask is None and scores <= EXPLICIT_SCORES:
@@ -39,6 +44,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         # By name, since PyTorch's own order of preference would take a kernel of half the rate (docs/performance.md).
         return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0].transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _float8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    dtype = torch.bfloat16 if q.dtype == FLOAT8 else q.dtype
+    rounded = q if q.dtype == FLOAT8 else q.clamp(-LARGEST, LARGEST).to(FLOAT8)
+    if q.is_cuda and has_float8_products(q):
+        from avatar.kernels import attend
+
+        return torch.cat([attend(rounded[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(len(q))]).to(dtype)
+    return attention(rounded.to(dtype), k.to(dtype), v.to(dtype))
 
 
 def sampled_positions(start: int, extent: int, count: int) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from avatar.attention import apply_rope
+from avatar.quantize import FLOAT8, LARGEST
 
 
 @dataclass
@@ -49,18 +50,27 @@ class KVCache:
     reference_position: int | None = None
 
     @classmethod
-    def empty(cls, conditioning: Conditioning, ring_frames: int) -> KVCache:
-        """A cache of zeros for that conditioning and a ring of `ring_frames` latent frames; then `condition()` it."""
-        ring_tokens = ring_frames * conditioning.tokens_per_frame
+    def empty(cls, conditioning: Conditioning, ring_frames: int, float8: bool = False) -> KVCache:
+        """A cache of zeros for that conditioning and a ring of `ring_frames` latent frames; then `condition()` it.
 
-        def buffer(like: Tensor) -> Tensor:
-            batch, tokens, heads, dim = like.shape
+        float8: e4m3, half the bytes. Values then have their tokens side by side, which products of 8-bit matrices ask
+        for, and there is room up to a multiple of 128 tokens.
+        """
+        batch, tokens, heads, dim = conditioning.keys[0].shape
+        tokens += ring_frames * conditioning.tokens_per_frame
+
+        def keys(like: Tensor) -> Tensor:
             # A head's tokens lie together in memory: matrix products then read it without a copy, whatever the batch.
-            return like.new_zeros(batch, heads, tokens + ring_tokens, dim).transpose(1, 2)
+            if not float8:
+                return like.new_zeros(batch, heads, tokens, dim).transpose(1, 2)
+            return like.new_zeros(batch, heads, room(tokens), dim, dtype=FLOAT8)[:, :, :tokens].transpose(1, 2)
 
-        keys = [buffer(k) for k in conditioning.keys]
-        values = [buffer(v) for v in conditioning.values]
-        return cls(keys, values, conditioning.tokens)
+        def values(like: Tensor) -> Tensor:
+            if not float8:
+                return keys(like)
+            return like.new_zeros(batch, heads, dim, room(tokens), dtype=FLOAT8)[..., :tokens].permute(0, 3, 1, 2)
+
+        return cls([keys(k) for k in conditioning.keys], [values(v) for v in conditioning.values], conditioning.tokens)
 
     @property
     def ring_tokens(self) -> int:
@@ -72,15 +82,15 @@ class KVCache:
         if conditioning.tokens != tokens:
             raise ValueError(f"cache made for {tokens} conditioning tokens, got {conditioning.tokens}")
         for layer, (k, v) in enumerate(zip(conditioning.keys, conditioning.values)):
-            self.keys[layer][:, :tokens] = apply_rope(k, table)
-            self.values[layer][:, :tokens] = v
+            store(apply_rope(k, table), self.keys[layer][:, :tokens])
+            store(v, self.values[layer][:, :tokens])
         self.reference_position = reference_position
 
     def move_reference(self, conditioning: Conditioning, table: Tensor, position: int) -> None:
         """Rotate the reference frame's keys for another position, in place. table: [rows * columns, dim / 2, 2]."""
         tokens = conditioning.tokens_per_frame
         for layer, k in enumerate(conditioning.keys):
-            self.keys[layer][:, :tokens] = apply_rope(k[:, :tokens], table)
+            store(apply_rope(k[:, :tokens], table), self.keys[layer][:, :tokens])
         self.reference_position = position
 
     def append(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -92,12 +102,29 @@ class KVCache:
                 block that is computed again takes its old place.
         Returns: views [B, C + written, heads, dim] of the buffers; written grows until the ring is full.
         """
-        tokens, ring = k.shape[1], self.ring_tokens
-        place = start % ring
-        if place + tokens > ring:
-            raise ValueError(f"a block of {tokens} tokens at {start} does not fit a ring of {ring}")
+        for block, slot in zip((k, v), self.slots(layer, start, k.shape[1])):
+            store(block, slot)
+        return self.window(layer, start, k.shape[1])
+
+    def slots(self, layer: int, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Where a block of so many tokens is to be written: views [B, N, heads, dim] of keys and values."""
+        place = start % self.ring_tokens
+        if place + tokens > self.ring_tokens:
+            raise ValueError(f"a block of {tokens} tokens at {start} does not fit a ring of {self.ring_tokens}")
         first = self.conditioning_tokens + place
-        self.keys[layer][:, first : first + tokens] = k
-        self.values[layer][:, first : first + tokens] = v
-        end = self.keys[layer].shape[1] if start >= ring else first + tokens
+        return self.keys[layer][:, first : first + tokens], self.values[layer][:, first : first + tokens]
+
+    def window(self, layer: int, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """What that block may look at once it is written."""
+        end = self.conditioning_tokens + min(start + tokens, self.ring_tokens)
         return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+
+def room(tokens: int) -> int:
+    """Tokens that a buffer of 8-bit numbers has room for."""
+    return -(-tokens // 128) * 128
+
+
+def store(x: Tensor, into: Tensor) -> None:
+    """Copy x, in place; what is too large for e4m3 becomes its largest number."""
+    into.copy_(x.clamp(-LARGEST, LARGEST) if into.dtype == FLOAT8 else x)

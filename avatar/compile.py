@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def compile_methods(modules: Iterable[nn.Module], *names: str) -> None:
@@ -19,6 +19,33 @@ def compile_methods(modules: Iterable[nn.Module], *names: str) -> None:
     for module in modules:
         for name in names:
             setattr(module, name, torch.compile(getattr(module, name), fullgraph=True, dynamic=False))
+
+
+def replay(module: nn.Module) -> None:
+    """Let a module that makes many small kernels be replayed as a CUDA graph, in place.
+
+    That begins when its input (one tensor, and keywords that stay the same) has the shape of the call before; until
+    then, and for any other shape, it runs as it was written. What a replay gives is overwritten by the next.
+    """
+    forward = module.forward
+    kept: dict[str, Any] = {"shape": None, "graph": None}
+
+    def replayed(x: Tensor, **options: Any) -> Any:
+        if not x.is_cuda or torch.is_grad_enabled():
+            return forward(x, **options)
+        if x.shape != kept["shape"]:
+            kept.update(shape=x.shape, graph=None)
+            return forward(x, **options)
+        if kept["graph"] is None:
+            # The call before was the warm-up.
+            kept.update(graph=torch.cuda.CUDAGraph(), x=x.clone())
+            with torch.cuda.graph(kept["graph"]):
+                kept["out"] = forward(kept["x"], **options)
+        kept["x"].copy_(x)
+        kept["graph"].replay()
+        return kept["out"]
+
+    module.forward = replayed  # type: ignore[method-assign]
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,35 +33,42 @@ class Float8Linear(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        weight, scale = quantize(linear.weight.data)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = linear.bias
+        self.bias = bias
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Float8Linear:
+        return cls(*quantize(linear.weight.data), linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         rounded, scale = quantize(x)
-        if not has_float8_products(x):
-            return F.linear(
-                (rounded.float() * scale).to(x.dtype), (self.weight.float() * self.scale).to(x.dtype), self.bias
-            )
-        product = torch._scaled_mm(
-            rounded.flatten(0, -2),
+        product = self.product(rounded.flatten(0, -2), scale.flatten(0, -2), x.dtype)
+        return product.unflatten(0, x.shape[:-1])
+
+    def product(self, x: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Of rows that are rounded already: x e4m3 [N, in] and scale float32 [N, 1] -> [N, out]."""
+        if not (dtype == torch.bfloat16 and has_float8_products(x)):
+            weight = (self.weight.float() * self.scale).to(dtype)
+            return F.linear((x.float() * scale).to(dtype), weight, self.bias)
+        return torch._scaled_mm(
+            x,
             self.weight.t(),
-            scale_a=scale.flatten(0, -2),
+            scale_a=scale,
             scale_b=self.scale.t(),
             bias=self.bias,
-            out_dtype=x.dtype,
+            out_dtype=dtype,
             use_fast_accum=True,
         )
-        return product.unflatten(0, x.shape[:-1])
 
 
 def has_float8_products(x: Tensor) -> bool:
-    """Whether x lies where e4m3 matrices can be multiplied, and has a type that such a product can have."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    """Whether x lies where e4m3 matrices can be multiplied."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 
 def quantize_linears(module: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> int:
@@ -74,6 +81,6 @@ def quantize_linears(module: nn.Module, wanted: Callable[[str], bool] = lambda n
     for name, layer in list(module.named_modules()):
         if type(layer) is nn.Linear and wanted(name) and not (layer.in_features % 16 or layer.out_features % 16):
             parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, Float8Linear(layer))
+            setattr(module.get_submodule(parent), child, Float8Linear.of(layer))
             count += 1
     return count

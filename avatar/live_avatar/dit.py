@@ -341,6 +341,7 @@ class CausalDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self.injector_of_block = {block: j for j, block in enumerate(config.audio_inject_layers)}
+        self.float8_cache = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -474,7 +475,7 @@ class CausalDiT(nn.Module):
 
     def new_cache(self, conditioning: Conditioning, ring_frames: int) -> KVCache:
         """An empty ring of `ring_frames` latent frames behind that conditioning; one for each denoising step."""
-        cache = KVCache.empty(conditioning, ring_frames)
+        cache = KVCache.empty(conditioning, ring_frames, self.float8_cache)
         self.condition(cache, conditioning)
         return cache
 

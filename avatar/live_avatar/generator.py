@@ -37,6 +37,7 @@ from avatar.live_avatar.vae import (
     decoder_state_bytes,
     from_uint8,
     prime,
+    to_host,
     to_uint8,
 )
 from avatar.live_avatar.weights import (
@@ -353,6 +354,7 @@ class LiveAvatar:
         config = self.dit.config
         with torch.device("meta"):
             dit = build_dit(config).to(self.dit.dtype)
+            dit.float8_cache = self.dit.float8_cache
             latent = torch.empty(1, LATENT_CHANNELS, 1, h, w)
             text = dit.encode_text(torch.empty(1, 1, config.text_dim))
             conditioning = dit.prefill(latent, latent if config.enable_framepack else None, text)
@@ -414,7 +416,7 @@ class LiveAvatar:
         count = math.ceil(audio.valid / self.spec.samples_per_frame)
         if count == 0:
             return []
-        frames = to_uint8(video[0]).cpu().numpy()[:count]
+        frames = to_host(to_uint8(video[0])).numpy()[:count]
         return [FrameBlock(frames, audio.samples[: audio.valid], start)]
 
     def finish(self, state: Session) -> list[FrameBlock]:

@@ -1,7 +1,7 @@
 """How fast the full-size model is on this machine, and how far its fast modes are from float32: docs/performance.md.
 
-    python -m avatar.live_avatar.gpu_bench speed  [--modes bf16,...] [--size 704x384] [--merge] [--blocks N] [--profile]
-    python -m avatar.live_avatar.gpu_bench errors [--modes bf16,...] [--layers 8]
+    python -m avatar.live_avatar.gpu_bench speed  [--modes bf16,float8+fused] [--size 704x384] [--merge] [--profile]
+    python -m avatar.live_avatar.gpu_bench errors [--modes bf16,float8+fused] [--layers 8]
 
 Weights are random: speed and memory do not depend on their values. Each case is printed as one JSON line, with the
 machine's own ceilings and the time that the case would take at these ceilings (its floor).
@@ -10,6 +10,7 @@ machine's own ceilings and the time that the case would take at these ceilings (
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -36,31 +37,24 @@ from avatar.sampling import denoise_block, sigmas, step_modulations
 SAMPLES = 7_680
 
 
-@dataclass(frozen=True)
-class Mode:
-    """Which optimisations are on; each is a function of `avatar.live_avatar.fast`."""
-
-    float8: bool = False
-    compiled: bool = False
-    vae: bool = False
-
-    def apply(self, model: LiveAvatar) -> None:
-        if self.float8:
-            fast.use_float8(model.dit)
-        if self.compiled:
-            fast.compile_transformer(model.dit)
-        if self.vae:
-            fast.compile_vae(model.vae)
-
-
-MODES = {
-    "bf16": Mode(),
-    "bf16-compiled": Mode(compiled=True),
-    "bf16-compiled-vae": Mode(compiled=True, vae=True),
-    "float8": Mode(float8=True),
-    "float8-compiled": Mode(float8=True, compiled=True),
-    "float8-compiled-vae": Mode(float8=True, compiled=True, vae=True),
+MODES: dict[str, Callable[[LiveAvatar], Any]] = {
+    "float8": lambda model: fast.use_float8(model.dit),
+    "attention8": lambda model: fast.use_float8_attention(model.dit),
+    "fused": lambda model: fast.fuse(model.dit),
+    "compiled": lambda model: fast.compile_transformer(model.dit),
+    "vae": lambda model: fast.compile_vae(model.vae),
+    "speech": lambda model: fast.replay_speech(model.speech),
 }
+"""The optimisations by name, in the order in which they are applied; a mode is some of them with + between, or bf16."""
+
+
+def apply(mode: str, model: LiveAvatar) -> None:
+    wanted = set(mode.split("+")) - {"bf16"}
+    for name, change in MODES.items():
+        if name in wanted:
+            change(model)
+    if unknown := wanted - set(MODES):
+        raise SystemExit(f"no optimisation {', '.join(sorted(unknown))}; there are {', '.join(MODES)}")
 
 
 # What the machine can do, and what a block asks of it.
@@ -179,7 +173,8 @@ def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, A
     state = model.start(Reference(picture, seed=1))
     torch.cuda.synchronize()
     started = time.perf_counter()
-    warmup = model.options.ring_blocks + 2
+    # Until the rings are full, and the window of the speech encoder.
+    warmup = max(model.options.ring_blocks, model.speech.past_samples // SAMPLES) + 3
     for i in range(warmup):
         model.step(state, sound(i, model.spec.lookahead_samples))
         if i == 0:
@@ -221,16 +216,16 @@ def profile(call: Callable[[], Any], top: int = 45) -> list[dict[str, Any]]:
     ]
 
 
-def speed_case(mode: Mode, options: Options, blocks: int, profiled: bool) -> dict[str, Any]:
+def speed_case(mode: str, options: Options, blocks: int, profiled: bool) -> dict[str, Any]:
     began = time.perf_counter()
     model = random_live_avatar(options, device="cuda")
     torch.cuda.synchronize()
     loaded = time.perf_counter()
-    mode.apply(model)
+    apply(mode, model)
     with torch.no_grad():
         result = speed(model, blocks, profiled)
     ceilings = measure_ceilings(model.dit.config, options)
-    floor = Work.of(model.dit.config, options).floor_ms(ceilings, mode.float8)
+    floor = Work.of(model.dit.config, options).floor_ms(ceilings, "float8" in mode)
     return {
         **result,
         "load_s": round(loaded - began, 2),
@@ -258,7 +253,7 @@ def errors(modes: list[str], options: Options, layers: int, blocks: int = 3) -> 
         if name == "float32":
             model.dit.float()
         else:
-            MODES[name].apply(model)
+            apply(name, model)
         with torch.no_grad():
             latents, velocities = stream(model.dit, options, blocks)
         if name == "float32":
@@ -267,7 +262,7 @@ def errors(modes: list[str], options: Options, layers: int, blocks: int = 3) -> 
             apart = [relative(ours, theirs) for ours, theirs in zip([*latents, *velocities], exact)]
             result[name] = {"latents": apart[:blocks], "velocities": apart[blocks:]}
         del model
-        torch.cuda.empty_cache()
+        forget()
     return result
 
 
@@ -300,6 +295,13 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float(f"{float((ours - theirs).norm() / theirs.norm()):.2e}")
 
 
+def forget() -> None:
+    """Let go of the last model. Its compiled methods refer to it in circles."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def facts() -> dict[str, Any]:
     device = torch.cuda.get_device_properties(0)
     return {
@@ -314,7 +316,7 @@ def facts() -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "errors"])
-    parser.add_argument("--modes", default="bf16,bf16-compiled-vae,float8-compiled-vae")
+    parser.add_argument("--modes", default="bf16,bf16+fused+vae+speech,float8+fused+vae+speech")
     parser.add_argument("--size", default="704x384")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--merge", action="store_true", help="leave out the last denoising step")
@@ -333,9 +335,9 @@ def main(arguments: list[str]) -> None:
         print(json.dumps({"case": "errors", "layers": chosen.layers, **case, **found, "machine": facts()}), flush=True)
         return
     for mode in modes:
-        result = speed_case(MODES[mode], options, chosen.blocks, chosen.profile)
+        result = speed_case(mode, options, chosen.blocks, chosen.profile)
         print(json.dumps({"case": "speed", "mode": mode, **case, **result, "machine": facts()}), flush=True)
-        torch.cuda.empty_cache()
+        forget()
 
 
 if __name__ == "__main__":

@@ -43,14 +43,14 @@ def test_an_outlier_costs_its_own_row_its_precision_and_no_other():
 def test_the_product_stays_near_that_of_the_whole_numbers(dtype):
     linear = nn.Linear(256, 128).to(dtype)
     x = torch.randn(2, 9, 256, dtype=dtype)
-    out = Float8Linear(linear)(x)
+    out = Float8Linear.of(linear)(x)
     assert out.shape == (2, 9, 128)
     assert out.dtype == dtype
     assert relative(out, linear(x)) < 0.05
 
 
 def test_weights_take_a_byte_each():
-    layer = Float8Linear(nn.Linear(256, 128, dtype=torch.bfloat16))
+    layer = Float8Linear.of(nn.Linear(256, 128, dtype=torch.bfloat16))
     assert {name: tensor.nbytes for name, tensor in layer.state_dict().items()} == {
         "weight": 256 * 128,
         "scale": 4 * 128,
