@@ -91,11 +91,11 @@ class Engine:
 
     @classmethod
     async def launch(
-        cls, settings: EngineSettings, *, on_change: Callable[[EngineState], None] = lambda state: None
+        cls, settings: EngineSettings, *, on_change: Callable[[EngineState, str], None] = lambda state, why: None
     ) -> Self:
         """Spawn the process; it loads the model by itself. `ready` waits for that.
 
-        on_change: called with each new `state`.
+        on_change: called with each new `state`, and why.
         """
         engine = cls(settings, on_change)
         try:
@@ -104,9 +104,10 @@ class Engine:
             os.close(engine._snapshots)
             raise
         engine._supervisor = asyncio.create_task(engine._supervise(process), name="engine supervisor")
+        engine._supervisor.add_done_callback(engine._supervised)
         return engine
 
-    def __init__(self, settings: EngineSettings, on_change: Callable[[EngineState], None]) -> None:
+    def __init__(self, settings: EngineSettings, on_change: Callable[[EngineState, str], None]) -> None:
         self.settings = settings
         self._on_change = on_change
         self._snapshots = anonymous_file("snapshots")
@@ -242,14 +243,20 @@ class Engine:
                 reason = f"its process {process.death}"
             wait_s = backoff.next_s(lived_s)
             when = f"in {wait_s:g} s" if wait_s else "at once"
-            log.warning("model %s: %s; it is started again %s", self.settings.model, reason, when)
-            self._change("restarting")
+            why = f"model {self.settings.model}: {reason}; it is started again {when}"
+            log.info("%s", why)
+            self._change("restarting", why)
             if process is not None:
                 process.kill()
                 await process.gone(REAP_S)
             await asyncio.sleep(wait_s)
             process = None
             self.restarts += 1
+
+    def _supervised(self, supervisor: asyncio.Task[None]) -> None:
+        """Whoever waits must not wait for ever when that has a bug."""
+        if not supervisor.cancelled() and isinstance(error := supervisor.exception(), Exception):
+            self._give_up(error)
 
     def _accept(self, process: ModelProcess, spec: StreamSpec) -> None:
         if self._spec is not None and spec != self._spec:
@@ -258,7 +265,7 @@ class Engine:
             raise process.death
         self._spec = spec
         self._turn.set_result(process)
-        self._change("ready")
+        self._change("ready", f"model {self.settings.model}: loaded in {process.load_s:.1f} s")
 
     def _give_up(self, error: Exception) -> None:
         """There will be no process any more."""
@@ -268,12 +275,11 @@ class Engine:
         if self._turn.done():
             self._turn = _expected()
         self._turn.set_exception(error)
-        self._change("ended")
+        self._change("ended", str(error))
 
-    def _change(self, state: EngineState) -> None:
-        if state != self.state:
-            self.state = state
-            self._on_change(state)
+    def _change(self, state: EngineState, why: str) -> None:
+        self.state = state
+        self._on_change(state, why)
 
 
 @dataclass(frozen=True)
@@ -281,7 +287,7 @@ class _Snapshot:
     """What the state was before that block: on which shelf, and how many bytes."""
 
     block: int
-    shelf: int
+    shelf: _Shelf
     bytes: int
 
 
@@ -420,8 +426,8 @@ class EngineSession:
         for number in range(self._there.block, block):
             if number not in self._sound:
                 raise EngineError(
-                    f"model {self._engine.settings.model}: its process ended, and the session with it, since its "
-                    f"state cannot be saved: {self._unsaveable}"
+                    f"model {self._engine.settings.model}: the session is lost, since its state was never saved: "
+                    f"{self._unsaveable}"
                 )
             await self._advance(process, "replay", number)
 
@@ -433,7 +439,7 @@ class EngineSession:
         start = 0
         if self._snapshots:
             last = self._snapshots[-1]
-            header |= {"op": "restore", "shelf": last.shelf, "bytes": last.bytes}
+            header |= {"op": "restore", "offset": last.shelf.offset, "bytes": last.bytes}
             start = last.block
         self._there = _Place(process, start, start)
         await self._ask(process, header, image.tobytes(), self._engine.settings.load_timeout_s)
@@ -481,20 +487,25 @@ class EngineSession:
         block, shelf = self.blocks, self._engine.shelves.take()
         self._next_save = block + self._snapshot_every
         self._saving_block = block
-        self._saving = self._there.process.send(
-            {"op": "snapshot", "shelf": shelf}, session=self.id, limit_s=self._engine.settings.step_timeout_s
-        )
+        header = {"op": "snapshot", "offset": shelf.offset, "room": shelf.room}
+        limit_s = self._engine.settings.step_timeout_s
+        self._saving = self._there.process.send(header, session=self.id, limit_s=limit_s)
         self._saving.add_done_callback(lambda answer: self._saved(answer, block, shelf))
 
-    def _saved(self, answer: asyncio.Future[Answer], block: int, shelf: int) -> None:
+    def _saved(self, answer: asyncio.Future[Answer], block: int, shelf: _Shelf) -> None:
         wanted = self._saving is answer
         if wanted:
             self._saving = None
         failure = answer.exception()
-        if wanted and failure is None:
-            self._keep([*self._snapshots, _Snapshot(block, shelf, answer.result().bytes)])
+        size = 0 if failure else answer.result().bytes
+        if wanted and 0 < size <= shelf.room:
+            self._keep([*self._snapshots, _Snapshot(block, shelf, size)])
             return
-        self._engine.shelves.give_back(shelf)
+        shelves = self._engine.shelves
+        shelves.give_back(shelf)
+        if size > shelf.room:  # the first one; after the next block there is a place for it
+            shelves.bytes = max(shelves.bytes, size)
+            self._next_save = block
         if failure is not None and not isinstance(failure, ProcessDied):
             self._unsaveable = failure
             self._sound.clear()
@@ -541,21 +552,38 @@ class _Sound:
         return cls(header, sound.tobytes())
 
 
+@dataclass(frozen=True, order=True)
+class _Shelf:
+    """A place in the file of snapshots: its offset and its length, in bytes."""
+
+    offset: int
+    room: int
+
+
 class _Shelves:
-    """Places for snapshots in one file: numbers from 0, the lowest free one first."""
+    """The places in the file of snapshots; those that are given back are used again.
+
+    bytes: of the largest snapshot so far.
+    """
+
+    SMALLEST = 1 << 16
+    """A multiple of what a mapping's offset has to be a multiple of."""
 
     def __init__(self) -> None:
-        self._count = 0
-        self._free: list[int] = []
+        self.bytes = 0
+        self._end = 0
+        self._free: dict[int, list[_Shelf]] = {}
 
-    def take(self) -> int:
-        if self._free:
-            return heapq.heappop(self._free)
-        self._count += 1
-        return self._count - 1
+    def take(self) -> _Shelf:
+        """A place for the largest snapshot so far."""
+        room = max(self.SMALLEST, 1 << (self.bytes - 1).bit_length())
+        if free := self._free.get(room):
+            return heapq.heappop(free)
+        self._end += room
+        return _Shelf(self._end - room, room)
 
-    def give_back(self, shelf: int) -> None:
-        heapq.heappush(self._free, shelf)
+    def give_back(self, shelf: _Shelf) -> None:
+        heapq.heappush(self._free.setdefault(shelf.room, []), shelf)
 
 
 async def _nothing() -> None:

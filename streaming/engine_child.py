@@ -7,17 +7,18 @@ is a JSON header and bytes:
     load     model size steps options slots               ready   spec, load_s
     open     id session history shape prompt seed + image done    id seconds bytes
     step     id session block start valid samples + sound block   id slot frames start    + sound; before its `done`
-    replay   like step; its blocks are not sent           failed  id kind message trace
+    replay   like step; its blocks are not sent           failed  id kind message trace; kind is user, bug or fault
     finish   id session
     rewind   id session block
-    snapshot id session shelf
-    restore  like open; and shelf bytes
+    snapshot id session offset room
+    restore  like open; and offset bytes
     close    session
     free     slot
 
-A block's frames lie in `slot` of the shared memory until the parent frees it. A snapshot lies on a `shelf` of another
-file, which outlives this process. Requests are answered in the order in which they come: with one step of each session
-under way, the sessions take turns. The end of the input ends the process.
+A block's frames lie in `slot` of the shared memory until the parent frees it. A snapshot lies at `offset` of another
+file, which outlives this process; one that needs more than `room` is not written, only measured. Requests are answered
+in the order in which they come: with one step of each session under way, the sessions take turns. The end of the input
+ends the process.
 This is the only module of streaming that reaches a family of models, and only when it is asked to load one.
 """
 
@@ -53,9 +54,6 @@ MODEL_FILE = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 OWN_MODULE = "own_model"
 """What that file is called as a module; classes of its states are found there."""
-
-SHELF_BYTES = 1 << 36
-"""From one shelf to the next. The file has holes: only what is written takes memory."""
 
 
 def pack(header: dict[str, Any], *parts: bytes | memoryview) -> bytes:
@@ -103,7 +101,7 @@ class Child:
 
     def __init__(self, requests: BinaryIO, answers: BinaryIO, frames: int, snapshots: int) -> None:
         self._requests, self._answers = requests, answers
-        self._descriptor, self._shelves = frames, snapshots
+        self._descriptor, self._snapshots = frames, snapshots
         self._inbox: deque[Message] = deque()
         self._free: deque[int] = deque()
         self._sessions: dict[str, Kept] = {}
@@ -148,7 +146,7 @@ class Child:
                 self._sessions[name] = Kept(reference, self._model.start(reference), header["history"])
             case "restore":
                 reference = _reference(header, body)
-                state = self._resume(reference, self._load_snapshot(header["shelf"], header["bytes"]))
+                state = self._resume(reference, self._load_snapshot(header["offset"], header["bytes"]))
                 self._sessions[name] = Kept(reference, state, header["history"])
             case "step":
                 self._send_blocks(header["id"], self._step(self._sessions[name], header, body))
@@ -159,7 +157,7 @@ class Child:
             case "rewind":
                 self._rewind(self._sessions[name], header["block"])
             case "snapshot":
-                return self._save_snapshot(self._sessions[name], header["shelf"])
+                return self._save_snapshot(self._sessions[name], header["offset"], header["room"])
             case "close":
                 self._sessions.pop(name, None)
         return 0
@@ -197,22 +195,24 @@ class Child:
         else:
             session.state = restore(session.state, kept)
 
-    def _save_snapshot(self, session: Kept, shelf: int) -> int:
-        """Write the session's snapshot to its place, from the state's own memory; the number of bytes."""
+    def _save_snapshot(self, session: Kept, offset: int, room: int) -> int:
+        """Write the session's snapshot, where it fits, from the state's own memory; give its bytes."""
         from avatar.stateful import save
 
-        start = at = shelf * SHELF_BYTES
-        for part in save(self._part(session.state), {OWN_MODULE}):
-            done = 0
-            while done < len(part):
-                done += os.pwrite(self._shelves, part[done:], at + done)
-            at += len(part)
-        return at - start
+        parts = save(self._part(session.state), {OWN_MODULE})
+        size = sum(map(len, parts))
+        if size <= room:
+            for part in parts:
+                done = 0
+                while done < len(part):
+                    done += os.pwrite(self._snapshots, part[done:], offset + done)
+                offset += len(part)
+        return size
 
-    def _load_snapshot(self, shelf: int, length: int) -> Any:
+    def _load_snapshot(self, offset: int, size: int) -> Any:
         from avatar.stateful import load as load_state
 
-        written = mmap.mmap(self._shelves, length, offset=shelf * SHELF_BYTES, access=mmap.ACCESS_READ)
+        written = mmap.mmap(self._snapshots, size, offset=offset, access=mmap.ACCESS_READ)
         return load_state(memoryview(written), {OWN_MODULE})
 
     def _part(self, state: State) -> Any:
@@ -260,7 +260,7 @@ class Child:
         return json.loads(self._requests.read(text)), self._requests.read(body)
 
     def _fail(self, request: int | None, error: Exception) -> None:
-        kind = "user" if isinstance(error, AvatardError) else "bug"
+        kind = "user" if isinstance(error, AvatardError) else "fault" if _is_fault(error) else "bug"
         message = str(error) if kind == "user" else f"{type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(error))
         self._send({"op": "failed", "id": request, "kind": kind, "message": message, "trace": trace})
@@ -271,6 +271,11 @@ class Child:
             self._answers.flush()
         except BrokenPipeError:
             os._exit(0)
+
+
+def _is_fault(error: Exception) -> bool:
+    """Whether the device has failed: nothing that this process asks of it will work any more."""
+    return isinstance(error, getattr(sys.modules.get("torch"), "AcceleratorError", ()))
 
 
 def _reference(header: dict[str, Any], body: bytes) -> Reference:

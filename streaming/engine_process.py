@@ -200,12 +200,19 @@ class ModelProcess:
                         made = self._requests[header["id"]].made
                         made.seconds, made.bytes = header["seconds"], header["bytes"]
                         self._settle(header["id"], made)
+                    case "failed" if header["kind"] == "fault":
+                        self.kill()
+                        self._end(f"lost its device ({header['message'].splitlines()[0]})")
                     case "failed" if header["id"] is None:
                         self._loaded(_failure(header))
                     case "failed":
                         self._settle(header["id"], _failure(header))
         except (asyncio.IncompleteReadError, ConnectionError):
             self._end(_obituary(await self._process.wait()))
+        except Exception as error:
+            self.kill()
+            self._end(f"gave an answer that makes no sense ({error!r})")
+            raise
         finally:
             os.close(self._descriptor)
 

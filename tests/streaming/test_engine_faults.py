@@ -76,11 +76,13 @@ class States:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.why = ""
         self._news = asyncio.Condition()
         self._tell: set[asyncio.Task[None]] = set()
 
-    def __call__(self, state: str) -> None:
+    def __call__(self, state: str, why: str) -> None:
         self.seen.append(state)
+        self.why += f"{why}\n"
         self._tell.add(asyncio.ensure_future(self._notify()))
 
     async def _notify(self) -> None:
@@ -154,6 +156,7 @@ async def test_a_process_killed_while_idle_is_not_noticed():
         assert (engine.state, engine.restarts) == ("ready", 1)
     np.testing.assert_array_equal(pictures(made), await undisturbed(3))
     assert states.seen == ["ready", "restarting", "ready", "ended"]
+    assert "its process died of SIGTERM; it is started again at once" in states.why
 
 
 async def test_two_sessions_outlive_deaths_in_the_middle_of_steps():
@@ -380,8 +383,8 @@ async def test_what_is_kept_does_not_grow():
             await asyncio.wait([saving for saving in (session._saving, other._saving) if saving])
             await session.close()
             await other.close()
-        assert engine.shelves.take() == 0
-        assert engine.shelves._count <= 4
+        assert engine.shelves._end <= 4 * engine.shelves.SMALLEST
+        assert engine.shelves.take().offset == 0
 
 
 async def test_a_session_replaces_another_beside_it():
@@ -426,7 +429,7 @@ async def test_a_model_that_cannot_be_saved_works_until_its_process_dies(tmp_pat
         assert "a builtins.set" in caplog.text
         assert not session._sound
         os.kill(engine.pid, signal.SIGKILL)
-        with pytest.raises(EngineError, match="the session with it, since its state cannot be saved"):
+        with pytest.raises(EngineError, match=r"the session is lost, since its state was never saved: .*set"):
             await session.step(sound(8))
         await speak(await engine.open(GREY), range(2))
 
@@ -461,6 +464,49 @@ async def test_a_model_with_its_own_snapshots_may_even_die_while_it_resumes(tmp_
     np.testing.assert_array_equal(pictures(made), await undisturbed(8))
 
 
+FAULTY = """
+import torch
+
+class Faulty(ToyModel):
+    def step(self, state, audio):
+        if _death([2], DIARY) == 2:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\\nand more")
+        return super().step(state, audio)
+
+def load(size, steps, options):
+    return Faulty((64, 64))
+"""
+
+
+async def test_a_process_whose_device_failed_is_replaced(tmp_path):
+    diary, states = str(tmp_path / "steps"), States()
+    settings = own(tmp_path, FAULTY + f"\nDIARY = {diary!r}\n")
+    async with await Engine.launch(settings, on_change=states) as engine:
+        session = await engine.open(replace(GREY, seed=0))
+        made = await speak(session, range(2))
+        assert engine.restarts == 1
+    np.testing.assert_array_equal(pictures(made), await undisturbed(2))
+    assert "lost its device (AcceleratorError: CUDA error: an illegal memory access was encountered);" in states.why
+
+
+CHATTY = """
+def load(size, steps, options):
+    for descriptor in range(3, 20):
+        try:
+            os.write(descriptor, bytes(8) + b"hello")
+        except OSError:
+            pass
+    return ToyModel((64, 64))
+"""
+
+
+async def test_a_process_that_talks_nonsense_is_replaced(tmp_path):
+    """Whatever a library may write into the pipe of the answers."""
+    async with await Engine.launch(own(tmp_path, CHATTY)) as engine:
+        with pytest.raises(EngineError, match="gave an answer that makes no sense"):
+            await engine.ready()
+
+
 # The embedded model.
 
 
@@ -468,8 +514,9 @@ async def test_the_embedded_model_goes_on_to_the_bit_after_a_kill_in_mid_speech(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     drawn = Reference(DRAWN, seed=1)
     async with await Engine.launch(EngineSettings("pocket", restarts=QUICK)) as engine:
-        session, other = await engine.open(drawn, snapshot_every_s=0.96, rewind_blocks=1), await engine.open(drawn)
+        session, other = await engine.open(drawn, snapshot_every_s=0.48, rewind_blocks=1), await engine.open(drawn)
         made = await speak(session, range(3))
+        assert [snapshot.block for snapshot in session._snapshots] == [2]
         stepping = asyncio.ensure_future(speak(session, [3]))
         await asyncio.sleep(0.05)
         os.kill(engine.pid, signal.SIGKILL)
