@@ -1,14 +1,16 @@
 """Train the embedded model: `python -m avatar.pocket.train --data DIR --out DIR --stage NAME --seconds N`.
 
-Stages, in order: vae, ear, meter, dit, polish. Each takes a budget of seconds on one GPU, saves a checkpoint every
-minute and at its end, and goes on from it when run again, so that a run may be cut anywhere. All data is drawn on the
-fly.
+Stages, in order: vae, ear, meter, dit, seams, polish. Each takes a budget of seconds on one GPU, saves a checkpoint
+every minute and at its end, and goes on from it when run again, so that a run may be cut anywhere. All data is drawn on
+the fly.
 
 vae     pictures to latents and back: weighted Charbonnier, gradients, frame differences, a little KL, noisy latents.
 ear     log-mel to the mouth's four numbers.
 meter   pictures to what is in them; the instrument of `avatard bench quality`.
 dit     flow matching on whole sequences, each at one noise level, with the attention window that the rings hold when
         streaming; from part of the time on, half of the batches start from what the model itself made of noise.
+seams   the decoder again, on longer windows and on the transformer's latents too, so that pictures do not jump where a
+        latent begins; the latents stay what they are.
 polish  the last step of the sampler and the decoder together, against the drawn pixels.
 """
 
@@ -373,10 +375,14 @@ def picture_loss(made: Tensor, wanted: Tensor, weight: Tensor) -> tuple[Tensor, 
     sharp = charbonnier(error[..., 1:] - error[..., :-1]).mean()
     sharp = sharp + charbonnier(error[..., 1:, :] - error[..., :-1, :]).mean()
     level = (charbonnier(F.avg_pool2d(error, error.shape[-1] // coarse.shape[-1])) * coarse).mean()
-    moves = made - wanted
-    flicker = charbonnier(moves[:, 1:] - moves[:, :-1]).mean()
-    loss = (charbonnier(error) * fine).mean() + 0.5 * sharp + 0.5 * level + 0.25 * flicker
+    loss = (charbonnier(error) * fine).mean() + 0.5 * sharp + 0.5 * level
     return loss, error.square().mean()
+
+
+def wrong_changes(made: Tensor, wanted: Tensor) -> Tensor:
+    """How far the changes from frame to frame are from those wanted: [B, V, ...] to [B, V - 1, ...]."""
+    error = made - wanted
+    return error[:, 1:] - error[:, :-1]
 
 
 # --------------------------------------------------------------------------- stages
@@ -392,6 +398,8 @@ class Workshop:
     where: torch.device
     stop_at: float = math.inf
     """On time.monotonic(): save and leave the stage for another run."""
+    further: bool = False
+    """Start from the stage's result in `out`, not from nothing."""
 
     def rng(self, seed: int) -> torch.Generator:
         return torch.Generator(device=self.where).manual_seed(seed)
@@ -408,6 +416,21 @@ class Workshop:
     def vae(self) -> PocketVae:
         vae = recall(PocketVae(), self.out / "vae.safetensors").to(self.where)
         return vae.to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+FLICKER = 0.25
+"""What a wrong change from one frame to the next counts, beside a wrong picture."""
+
+
+def border_ratio(pictures: Tensor) -> float:
+    """Mean change of decoded pictures [B, V, 3, S, S] where a latent begins over that inside latents.
+
+    Of the second half alone: there the decoder remembers as much as it does on air.
+    """
+    half = pictures.shape[1] // (2 * FRAMES_PER_LATENT) * FRAMES_PER_LATENT
+    change = (pictures[:, half + 1 :] - pictures[:, half:-1]).abs().mean((0, 2, 3, 4))
+    border = torch.arange(len(change), device=change.device) % FRAMES_PER_LATENT == FRAMES_PER_LATENT - 1
+    return float(change[border].mean() / change[~border].mean())
 
 
 def train_vae(shop: Workshop, batch: int = 10, frames: int = 12) -> None:
@@ -441,6 +464,7 @@ def train_vae(shop: Workshop, batch: int = 10, frames: int = 12) -> None:
             made = decode(latents).float()
             kl = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).mean()
             loss, error = picture_loss(made, wanted, weight)
+            loss = loss + FLICKER * charbonnier(wrong_changes(made, wanted)).mean()
         total = loss + 2e-5 * kl
         run.update(total, psnr=psnr(error.detach()), loss=loss, kl=kl)
         if run.step % 50 == 0:
@@ -502,8 +526,7 @@ def train_meter(shop: Workshop, batch: int = 192) -> None:
     meter = Meter(values.shape[1]).to(shop.where).to(memory_format=torch.channels_last)
     meter.mean.copy_(values.mean(0))
     meter.std.copy_(values.std(0) + 1e-6)
-    if (shop.out / "meter.safetensors").exists():
-        log.info("meter: starts from the weights of an earlier run")
+    if shop.further:
         recall(meter, shop.out / "meter.safetensors").train()
     run = Run("meter", shop, {"meter": meter}, Muon(meter.parameters(), lr=0.02, adam_lr=1e-3), 0.995)
     importance = torch.ones(values.shape[1], device=shop.where)
@@ -551,22 +574,31 @@ class Pool:
         self.made = 0
 
     @torch.no_grad()
-    def add(self, count: int) -> None:
-        """Draw and encode `count` new clips over the oldest."""
+    def make(self, count: int) -> tuple[Clips, Tensor, dict[str, Tensor]]:
+        """New clips, their drawn frames as bytes [count, V, 3, S, S], and what the transformer sees of them."""
         clips = make_clips(self.speech, count, self.latents * 4, self.g)
         weight = weights_of(clips, 16).unflatten(1, (-1, 4)).mean(2)
+        # one clip at a time, so that memory does not grow with the number
+        drawn = torch.cat([(self.paint(clips[i : i + 1]) * 255).round().byte() for i in range(count)])
         with self.half():
-            # one clip at a time, so that memory does not grow with the number
-            latents = [self.encode(_as_bytes(self.paint(clips[i : i + 1])) * 2 - 1) for i in range(count)]
+            latents = [self.encode(one[None] / 127.5 - 1) for one in drawn]
             still = _as_bytes(references(clips, self.g)) * 2 - 1
             reference = self.vae.encode(still[:, None].expand(-1, 4, -1, -1, -1))
-        new = {
-            "latents": torch.cat(latents).bfloat16(),
-            "reference": reference.bfloat16(),
-            "mel": clips.mel.half(),
-            "drive": clips.drive,
-            "weight": weight / weight.mean((1, 2, 3, 4), keepdim=True),
-        }
+        return (
+            clips,
+            drawn,
+            {
+                "latents": torch.cat(latents).bfloat16(),
+                "reference": reference.bfloat16(),
+                "mel": clips.mel.half(),
+                "drive": clips.drive,
+                "weight": weight / weight.mean((1, 2, 3, 4), keepdim=True),
+            },
+        )
+
+    def keep(self, new: dict[str, Tensor]) -> None:
+        """Put clips, one tensor for each name, over the oldest."""
+        count = len(next(iter(new.values())))
         if not self.kept:
             self.kept = {k: v.new_zeros(self.size, *v.shape[1:]) for k, v in new.items()}
         place = (torch.arange(count, device=self.g.device) + self.made) % self.size
@@ -574,10 +606,18 @@ class Pool:
             self.kept[name][place] = values
         self.made += count
 
+    def add(self, count: int) -> None:
+        """Draw and encode `count` new clips over the oldest."""
+        self.keep(self.make(count)[2])
+
+    def pick(self, count: int) -> dict[str, Tensor]:
+        """Clips at random, as they are kept."""
+        pick = torch.randint(0, min(self.made, self.size), (count,), generator=self.g, device=self.g.device)
+        return {name: values[pick] for name, values in self.kept.items()}
+
     def sample(self, count: int) -> dict[str, Tensor]:
         """A batch of clips, float32, the sound disturbed."""
-        pick = torch.randint(0, min(self.made, self.size), (count,), generator=self.g, device=self.g.device)
-        batch = {name: values[pick].float() for name, values in self.kept.items()}
+        batch = {name: values.float() for name, values in self.pick(count).items()}
         return batch | {"mel": hearing.normalise(disturb(batch["mel"], self.g))}
 
 
@@ -681,6 +721,9 @@ def same_gradient(sequences: Sequences, x: Tensor, level: Tensor) -> float:
     return float((found[0] - found[1]).norm() / found[1].norm())
 
 
+JUMPS = 4.0
+"""What a wrong change from one latent to the next counts, beside a wrong latent."""
+
 PATHS = {4: [1.0, 0.9, 0.75, 0.5], 2: [1.0, 0.75], 1: [1.0]}
 """Noise levels of the numbers of steps that are trained."""
 
@@ -697,9 +740,7 @@ def train_dit(shop: Workshop, batch: int = 64, latents: int = 24, pool_size: int
     dit = build_dit()
     dit.initialize()
     dit = dit.to(shop.where)
-    further = (shop.out / "dit.safetensors").exists()
-    if further:
-        log.info("dit: starts from the weights of an earlier run")
+    if shop.further:
         recall(dit, shop.out / "dit.safetensors").train()
     ear = recall(Ear(), shop.out / "ear.safetensors").to(shop.where).requires_grad_(False)
     ends = {id(p) for m in (dit.patch_embedding, dit.cond_encoder, dit.head) for p in m.parameters()}
@@ -719,9 +760,9 @@ def train_dit(shop: Workshop, batch: int = 64, latents: int = 24, pool_size: int
     levels = torch.tensor(PATHS[4], device=shop.where)
     shares = torch.tensor([0.3, 0.15, 0.35, 0.2], device=shop.where)
     borders = torch.ones(latents - 1, device=shop.where)
-    borders[LATENTS_PER_BLOCK - 1 :: LATENTS_PER_BLOCK] = 3.0
+    borders[LATENTS_PER_BLOCK - 1 :: LATENTS_PER_BLOCK] = 2.0
     checked = False
-    for done in run.steps(warm_up=200, decay_from=0.15 if further else 0.35):
+    for done in run.steps(warm_up=200, decay_from=0.15 if shop.further else 0.35):
         if run.step % 6 == 0:
             pool.add(16)
         clips = pool.sample(batch)
@@ -735,7 +776,7 @@ def train_dit(shop: Workshop, batch: int = 64, latents: int = 24, pool_size: int
             if not wrong < 0.05:
                 log.warning("dit: goes on uncompiled")
                 sequences.velocity = sequence_velocity
-        own = (further or done > 0.3) and float(torch.rand((), generator=g, device=shop.where)) < 0.5
+        own = (shop.further or done > 0.3) and float(torch.rand((), generator=g, device=shop.where)) < 0.5
         if own:
             # what the network itself makes of noise; it must lead from there to the truth
             steps = 2 if float(torch.rand((), generator=g, device=shop.where)) < 0.7 else 4
@@ -754,13 +795,115 @@ def train_dit(shop: Workshop, batch: int = 64, latents: int = 24, pool_size: int
         each = ((made - clean).square() * weight / s**2).mean((1, 2, 3, 4))
         moves = (made - clean)[:, :, 1:] - (made - clean)[:, :, :-1]
         jumps = (moves.square() * weight[:, :, 1:] * borders[:, None, None]).mean()
-        loss = each.mean() + 0.5 * jumps
+        loss = each.mean() + JUMPS * jumps
         figures = {f"{'own' if own else 'given'}": each.mean(), "jumps": jumps}
         run.update(loss, **figures)
         if run.step % 50 == 0 and not own:
             run.guard(loss)
     run.finish()
     log.info("dit: %d clips seen", pool.made)
+
+
+SEAM = 6.0
+INSIDE = 0.5
+"""What a wrong change counts where a latent begins, and inside a latent, beside a wrong picture."""
+
+
+def train_seams(
+    shop: Workshop,
+    batch: int = 8,
+    latents: int = 24,
+    window: int = 6,
+    past: int = 4,
+    pool_size: int = 512,
+    first: int = 64,
+    fresh: int = 8,
+) -> None:
+    """The decoder alone, on windows of `window` latents that follow `past` others, as on air.
+
+    Half of a batch are latents of drawn frames, which are the picture to make. The others are the transformer's: there
+    the picture is what the decoder made of them before, for the drawn one cannot be known from them and would teach a
+    blur. In both halves the changes from frame to frame are to be those of the drawn frames.
+    """
+    torch.manual_seed(31)
+    g = shop.rng(31)
+    dit = recall_dit(shop).requires_grad_(False)
+    ear = recall(Ear(), shop.out / "ear.safetensors").to(shop.where).requires_grad_(False)
+    before, vae = shop.vae(), shop.vae()
+    vae.decoder.requires_grad_(True)
+    optimiser = Muon(vae.decoder.parameters(), lr=0.005, adam_lr=5e-4, weight_decay=0.1)
+    run = Run("seams", shop, {"vae_seams": vae}, optimiser, 0.998)
+    pool = Pool(shop, pool_size, latents, 131 + run.step)
+    sequences = Sequences(shop, dit, ear, latents, compiled=False)
+
+    @torch.no_grad()
+    def shown(count: int) -> dict[str, Tensor]:
+        """New clips: latents of drawn frames and of the transformer, both in pictures, and where detail matters."""
+        clips, drawn, new = pool.make(count)
+        mel = hearing.normalise(disturb(new["mel"].float(), g))
+        sequences.condition(mel, new["drive"], new["reference"].float())
+        noise = torch.randn(new["latents"].shape, generator=g, device=shop.where).transpose(1, 2)
+        rolled = sequences.roll(noise, [*PATHS[2], 0.0]).transpose(1, 2)
+        with shop.half():
+            decoded = torch.cat([before.decode(one[None]) for one in rolled]).float()
+        return {
+            "clean": new["latents"],
+            "rolled": rolled.bfloat16(),
+            "drawn": drawn,
+            "decoded": ((decoded + 1) * 127.5).round().clamp(0, 255).byte(),
+            "weight": weights_of(clips, 64).half(),
+        }
+
+    while pool.made < first:
+        pool.keep(shown(fresh))
+    importance = torch.full((window * FRAMES_PER_LATENT,), INSIDE, device=shop.where)
+    importance[::FRAMES_PER_LATENT] = SEAM
+    half = batch // 2
+    for _ in run.steps(warm_up=200, decay_from=0.2):
+        if run.step % (2 * fresh) == 0:
+            pool.keep(shown(fresh))
+        clips = pool.pick(batch)
+        start = int(torch.randint(0, latents - window - past + 1, (), generator=g, device=shop.where))
+        span = slice(start, start + past + window)
+        frames = slice((start + past) * FRAMES_PER_LATENT - 1, span.stop * FRAMES_PER_LATENT)
+        with torch.no_grad():
+            # a sampler's latents are never exact: see train_vae
+            clean = clips["clean"][:half, span].float()
+            spread = 0.1 * torch.rand(half, 1, 1, 1, 1, generator=g, device=shop.where)
+            clean = clean + spread * torch.randn(clean.shape, generator=g, device=shop.where)
+            given = torch.cat([clean, clips["rolled"][half:, span].float()])
+            drawn = clips["drawn"][:, frames] / 127.5 - 1
+            wanted = torch.cat([drawn[:half, 1:], clips["decoded"][half:, frames][:, 1:] / 127.5 - 1])
+            weight = clips["weight"][:, frames].float()
+        state = vae.init_state()
+        with shop.half():
+            with torch.no_grad():
+                last = vae.decode(given[:, :past], state)[:, -1:].float()
+            made = vae.decode(given[:, past:], state).float()
+        loss, error = picture_loss(made, wanted, weight[:, 1:])
+        wrong = wrong_changes(torch.cat([last, made], 1), drawn).flatten(0, 1)
+        # the transformer's mouth is its own: how it should have moved cannot be told from a wrong one
+        trust = torch.cat([torch.ones_like(weight[:half, 1:]), 1 / weight[half:, 1:]])
+        fine = F.interpolate(trust.flatten(0, 1), size=wrong.shape[-1], mode="bilinear")
+        coarse = F.avg_pool2d(wrong, wrong.shape[-1] // trust.shape[-1]).abs() * trust.flatten(0, 1)
+        each = (wrong.abs() * fine).mean((1, 2, 3)) + coarse.mean((1, 2, 3))
+        each = each.unflatten(0, (batch, -1))
+        total = loss + (each * importance).mean()
+        run.update(
+            total,
+            loss=loss,
+            psnr=psnr(error.detach()),
+            seams=each[:, ::FRAMES_PER_LATENT].mean(),
+            changes=each.mean(),
+        )
+        if run.step % 50 == 0:
+            run.guard(total)
+    run.finish()
+    clips = shown(fresh)
+    for name in ("clean", "rolled"):
+        with torch.no_grad(), shop.half():
+            ratios = [border_ratio(v.decode(clips[name].float()).float().clamp(-1, 1)) for v in (before, vae)]
+        log.info("seams: change at borders of %s latents over that inside: %.2f, before %.2f", name, *ratios[::-1])
 
 
 def train_polish(shop: Workshop, batch: int = 6, latents: int = 12) -> None:
@@ -799,6 +942,7 @@ def train_polish(shop: Workshop, batch: int = 6, latents: int = 12) -> None:
         # the first latent has no past here, and always has one when streaming
         seen = slice(FRAMES_PER_LATENT, None)
         loss, error = picture_loss(pictures[:, seen], wanted[:, seen], weight[:, seen])
+        loss = loss + FLICKER * charbonnier(wrong_changes(pictures[:, seen], wanted[:, seen])).mean()
         drift = (made - clean).square().mean()
         total = loss + 0.05 * drift
         run.update(total, loss=loss, drift=drift, psnr=psnr(error.detach()))
@@ -812,6 +956,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "ear": train_ear,
     "meter": train_meter,
     "dit": train_dit,
+    "seams": train_seams,
     "polish": train_polish,
 }
 
@@ -823,6 +968,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=list(STAGES), action="append", required=True)
     parser.add_argument("--seconds", type=float, action="append", required=True, help="budget, one for each --stage")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds; then save and exit")
+    parser.add_argument("--further", action="store_true", help="start from the stage's earlier result in --out")
     given = parser.parse_args()
     stop_at = time.monotonic() + given.stop_after
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms %(message)s")
@@ -833,7 +979,7 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     for stage, seconds in zip(given.stage, given.seconds, strict=True):
-        STAGES[stage](Workshop(given.data, given.out, seconds, where, stop_at))
+        STAGES[stage](Workshop(given.data, given.out, seconds, where, stop_at, given.further))
 
 
 if __name__ == "__main__":

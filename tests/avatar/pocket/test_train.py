@@ -31,6 +31,7 @@ SIZES: dict[str, dict[str, int]] = {
     "ear": {"batch": 2, "frames": 4},
     "meter": {"batch": 4},
     "dit": {"batch": 2, "latents": 6, "pool_size": 4, "first": 1},
+    "seams": {"batch": 2, "latents": 6, "window": 2, "past": 1, "pool_size": 4, "first": 1, "fresh": 2},
     "polish": {"batch": 1, "latents": 3},
 }
 
@@ -47,8 +48,8 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> train.Workshop:
             mel_range=np.array([-5.0, 2.0]),
             mouth_range=np.array([0.0, 1.0]),
         )
-    add, weights_of = train.Pool.add, train.weights_of
-    monkeypatch.setattr(train.Pool, "add", lambda pool, count: add(pool, 2))
+    make, weights_of = train.Pool.make, train.weights_of
+    monkeypatch.setattr(train.Pool, "make", lambda pool, count: make(pool, 2))
     monkeypatch.setattr(train, "SIZE", SIDE)
     monkeypatch.setattr(train, "draw", lambda person, motion: draw(person, motion, SIDE))
     monkeypatch.setattr(train, "weights_of", lambda clips, size: weights_of(clips, size * SIDE // SIZE))
@@ -96,6 +97,22 @@ def test_the_ear_trains_and_goes_on(shop):
 @pytest.mark.parametrize(("stage", "results"), [("dit", ["dit"]), ("polish", ["dit_polished", "vae_polished"])])
 def test_the_transformer_trains_and_goes_on(shop, stage, results):
     step_and_go_on(shop, stage, results)
+
+
+@pytest.mark.usefixtures("trained_before")
+def test_the_decoder_learns_its_seams_and_leaves_the_latents_alone(shop):
+    step_and_go_on(shop, "seams", ["vae_seams"])
+    before, after = (load_file(shop.out / f"{name}.safetensors") for name in ("vae", "vae_seams"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("decoder.") for name in changed)
+
+
+def test_the_border_ratio_tells_a_jump_where_a_latent_begins_from_even_motion():
+    even = torch.arange(32.0)[None, :, None, None, None].expand(1, -1, 3, 2, 2)
+    latent = even // train.FRAMES_PER_LATENT
+    assert train.border_ratio(even) == pytest.approx(1)
+    assert train.border_ratio(even + latent) == pytest.approx(2)
 
 
 @pytest.mark.usefixtures("trained_before")
