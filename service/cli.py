@@ -146,17 +146,48 @@ def fetch(
 
 @app.command()
 def plan(
-    model: Annotated[str | None, typer.Argument(help="A model; without one: all of them.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A model; without one: what each consists of.")] = None,
+    named: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, as 704x384. Default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
+    merge: Annotated[bool, typer.Option("--merge-last-step", help="One denoising step less, at little cost.")] = False,
+    live: Annotated[
+        bool | None,
+        typer.Option("--live/--files", help="At 25 fps, the largest size that holds them; or as fast as it goes."),
+    ] = None,
+    vram: Annotated[str, typer.Option(metavar="24GiB", help="Of each GPU. Default: what is free.")] = "",
+    ram: Annotated[str, typer.Option(metavar="64GiB", help="Of this machine. Default: what is free.")] = "",
+    gpus: Annotated[int, typer.Option(help="How many share the steps.")] = 1,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="H200, 4090, ... instead of those that are here.")] = "",
+    weights: Annotated[str, typer.Option(metavar="bf16|fp8", help="Default: whichever is better.")] = "",
+    keys: Annotated[str, typer.Option(metavar="bf16|fp8", help="Of the remembered keys and values.")] = "",
+    schedule: Annotated[str, typer.Option(metavar="sequential|wavefront", help="Of the steps.")] = "",
+    offload: Annotated[str, typer.Option(metavar="none|cpu|group|model|block", help="What may leave the GPU.")] = "",
+    measure: Annotated[bool, typer.Option("--measure", help="Measure the GPU's rates first, if unknown.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List what a model consists of and how many bytes each part takes. Loads nothing."""
-    from service.models import known_models, plan_lines, select_model
+    """Say whether a model runs on a GPU, how and how fast, and what each model consists of. Loads nothing."""
+    from service.plan import Question, answer
 
-    table = known_models() if model is None else {model: select_model(model)}
-    if as_json:
-        print(json.dumps(table))
-    else:
-        print("\n".join(plan_lines(table)))
+    told = answer(
+        Question(
+            model=named or model,
+            size=parse_size(size),
+            steps=steps,
+            merge_last_step=merge,
+            live=live,
+            vram=vram,
+            ram=ram,
+            gpus=gpus,
+            gpu=gpu,
+            weights=weights,
+            keys=keys,
+            schedule=schedule,
+            offload=offload,
+            measure=measure,
+        )
+    )
+    print(json.dumps(told.table) if as_json else "\n".join(told.lines))
 
 
 @config_app.command("show")
