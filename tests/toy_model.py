@@ -17,7 +17,7 @@ import numpy as np
 
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
-from avatar.model import FrameBlock, Part, Reference, StreamSpec
+from avatar.model import AvatarModel, FrameBlock, Part, Reference, StreamSpec
 
 CLICK = 0.5
 """A frame is white when its sound reaches this."""
@@ -32,6 +32,19 @@ class ToyState:
     loudness: float = 0.0
     blocks: int = 0
     waiting: list[FrameBlock] = field(default_factory=list)
+
+
+def flash(frame: np.ndarray, sound: np.ndarray, samples_per_frame: int) -> None:
+    """Turn a frame [height, width, 3] white, in place, if its sound clicks.
+
+    A band across its middle stays black on the left, as far as the part of the frame's time that had passed: so a
+    reader tells the moment of a click from the picture to a millisecond, and not to the length of a frame.
+    """
+    clicked = np.flatnonzero(np.abs(sound) >= CLICK)
+    if len(clicked):
+        height, width = frame.shape[:2]
+        frame[:] = 255
+        frame[3 * height // 8 : 5 * height // 8, : round(width * clicked[0] / samples_per_frame)] = 0
 
 
 class ToyModel:
@@ -70,7 +83,8 @@ class ToyModel:
             peak = float(np.abs(sound).max())
             state.loudness = 0.9 * state.loudness + 0.1 * peak
             noise = state.rng.integers(0, 8, (spec.height, spec.width, 3))
-            frames[index] = 255 if peak >= CLICK else np.clip(state.colour + 40 * state.loudness + noise, 0, 120)
+            frames[index] = np.clip(state.colour + 40 * state.loudness + noise, 0, 120)
+            flash(frames[index], sound, spec.samples_per_frame)
         state.waiting.append(FrameBlock(frames, audio.samples[: audio.valid].copy(), audio.start // 640))
         state.blocks += 1
         return [state.waiting.pop(0)] if len(state.waiting) > self.delay else []
@@ -111,3 +125,22 @@ def load(size: tuple[int, int] | None, steps: int | None, options: dict[str, Any
         if options["fail_at"] == "load":
             os.kill(os.getpid(), signal.SIGKILL)
     return ToyModel(size or (64, 64), **options)
+
+
+def load_flashing(size: tuple[int, int] | None, steps: int | None, options: dict[str, Any]) -> AvatarModel:
+    """A real model (`options["model"]`, or pocket) whose pictures flash at clicks as the toy's do."""
+    from avatar.load import load_model  # here, since it imports torch
+
+    own = dict(options)
+    model = load_model(own.pop("model", "pocket"), size, steps, own)
+    step, finish, length = model.step, model.finish, model.spec.samples_per_frame
+
+    def flashing(blocks: list[FrameBlock]) -> list[FrameBlock]:
+        for block in blocks:
+            for index, frame in enumerate(block.frames):
+                flash(frame, block.audio[index * length : (index + 1) * length], length)
+        return blocks
+
+    model.step = lambda state, audio: flashing(step(state, audio))
+    model.finish = lambda state: flashing(finish(state))
+    return model
