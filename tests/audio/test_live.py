@@ -92,7 +92,7 @@ def played(steps: list[tuple[str, int]], rate: int = RATE) -> tuple[np.ndarray, 
     return np.concatenate(pushed), blocks + drained(live)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(STEPS)
 def test_however_it_comes_the_listener_hears_all_of_it_once_and_in_order(steps):
     pushed, blocks = played(steps)
@@ -385,12 +385,13 @@ def broadcast(
     return blocks, np.array(levels), live
 
 
-@pytest.mark.parametrize("speed", [-0.001, pytest.param(0.001, marks=pytest.mark.slow)])
-def test_for_an_hour_a_clock_that_is_off_neither_starves_nor_piles_up(speed):
-    _, levels, live = broadcast(3600, speed)
+@pytest.mark.parametrize("speed", [0.001, -0.001])
+@pytest.mark.parametrize("minutes", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_clock_that_is_off_neither_starves_nor_piles_up(minutes, speed):
+    _, levels, live = broadcast(60 * minutes, speed)
     assert np.abs(levels).max() <= 0.04
     assert live.drift == pytest.approx(speed, rel=0.15)
-    assert levels[:3000].mean() == pytest.approx(levels[-3000:].mean(), abs=0.001)
+    assert levels[200:500].mean() == pytest.approx(levels[-300:].mean(), abs=0.003)
 
 
 @pytest.mark.parametrize("chunk_s", [0.01, 0.05, 0.09])
@@ -427,7 +428,7 @@ def test_a_store_of_sound_is_not_hurried_through():
     assert max(ratios[1:]) < 1 + 1e-4
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.2, 12.0), st.floats(0.3, 15.0)), min_size=5, max_size=15))
 def test_bursts_are_never_stretched(bursts):
     """(seconds of sound, seconds until the next): as speech comes from a synthesizer."""
