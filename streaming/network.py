@@ -209,22 +209,22 @@ class NetworkSink:
     async def _read(self) -> None:
         assert self._process is not None
         assert self._process.stdout is not None
-        while self._error is None:
-            try:
+        try:
+            while self._error is None:
                 # A process that was stopped, or has no time, reports nothing.
                 async with asyncio.timeout(self._limits.stall_s if self._state == "connected" else None):
                     line = await self._process.stdout.readline()
-            except TimeoutError:
-                self._fail(
-                    SinkError(f"{self.name}: the publishing process said nothing for {self._limits.stall_s:g} s")
-                )
-                return
-            if not line:
-                self._gone = True
-                status = await self._process.wait()
-                self._fail(SinkError(f"{self.name}: the publishing process ended with status {status}"))
-                return
-            self._take(json.loads(line))
+                if not line:
+                    self._gone = True
+                    status = await self._process.wait()
+                    self._fail(SinkError(f"{self.name}: the publishing process ended with status {status}"))
+                    return
+                self._take(json.loads(line))
+        except TimeoutError:
+            self._fail(SinkError(f"{self.name}: the publishing process said nothing for {self._limits.stall_s:g} s"))
+        finally:
+            # Whatever it was: somebody may be waiting for news.
+            self._fail(SinkError(f"{self.name}: the publishing process is not listened to any more"))
 
     def _take(self, report: dict[str, Any]) -> None:
         event = report.pop("event")

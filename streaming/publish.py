@@ -62,9 +62,12 @@ def publish(request: dict[str, Any]) -> None:
     stream = container.add_data_stream()
     container.start_encoding()
     signal.setitimer(signal.ITIMER_REAL, 0)
-    progress = Progress()
+    connection = _own_socket()
+    progress = Progress(connection)
     report("connected")
     threading.Thread(target=progress.run, daemon=True).start()
+    # Killed, it takes with it what it still holds, and the server hears at once that the name of the stream is free.
+    _linger(connection, False)
     number = 0
     while part := os.read(0, 1 << 16):
         packet = av.Packet(part)
@@ -74,15 +77,16 @@ def publish(request: dict[str, Any]) -> None:
         container.mux(packet)
         progress.taken += len(part)
     signal.setitimer(signal.ITIMER_REAL, request["close_s"])
+    _linger(connection, True)
     container.close()
 
 
 class Progress:
     """Says again and again how far the bytes have come, from a thread: FFmpeg waits for the server without the lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, connection: socket.socket | None) -> None:
         self.taken = 0
-        self._socket = _own_socket()
+        self._socket = connection
 
     def run(self) -> None:
         while True:
@@ -122,6 +126,12 @@ def _own_socket() -> socket.socket | None:
             return connection
         connection.close()
     return None
+
+
+def _linger(connection: socket.socket | None, patient: bool) -> None:
+    """Whether a connection that ends still delivers what it holds, or is reset."""
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", not patient, 0))
 
 
 def _quoted(text: str) -> str:

@@ -67,6 +67,7 @@ async def check_sink(make: Callable[[], Sink], read: Callable[[Sink], list[float
         before = [(packet.pts, packet.dts, packet.time_base, packet.size) for packet in packets]
         await sink.write(packets)
         assert [(packet.pts, packet.dts, packet.time_base, packet.size) for packet in packets] == before
+        assert sink.pending_s >= 0
     await sink.write(encoder.flush())
     await sink.close(complete=True)
     await sink.close(complete=True)
