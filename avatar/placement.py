@@ -693,10 +693,10 @@ def _explain(placement: Placement) -> Iterator[str]:
             f"  {'peak':29}{_gib(device.peak_bytes):>12}  of {_gib(device.limit_bytes)} that may be used; "
             f"{_gib(device.start_peak_bytes)} while a stream begins"
         )
+        ms = {name: f"{1e3 * getattr(seconds, name):.0f}" for name in vars(seconds)}
         yield (
-            f"  a block in {_ms(seconds.block)}: matrices {_ms(seconds.matrices)}, attention {_ms(seconds.attention)}, "
-            f"memory {_ms(seconds.memory)}, beside them the link {_ms(seconds.link)}; "
-            f"then sound and picture {_ms(seconds.rest)}"
+            f"  a block in {1e3 * seconds.block:.0f} ms: steps {1e3 * seconds.steps:.0f} (matrices {ms['matrices']}, "
+            f"attention {ms['attention']}, memory {ms['memory']}) beside the link's {ms['link']}, then {ms['rest']}"
         )
     yield f"host: peak {_gib(placement.host_bytes)} of {_gib(placement.host_limit_bytes)} that may be used"
     live = "holds" if placement.holds else "does not hold"
@@ -708,7 +708,3 @@ def _explain(placement: Placement) -> Iterator[str]:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.0f} ms"
