@@ -156,7 +156,10 @@ def plan(
         typer.Option("--live/--files", help="At 25 fps, the largest size that holds them; or as fast as it goes."),
     ] = None,
     vram: Annotated[str, typer.Option(metavar="24GiB", help="Of each GPU. Default: what is free.")] = "",
-    ram: Annotated[str, typer.Option(metavar="64GiB", help="Of this machine. Default: what is free.")] = "",
+    ram: Annotated[
+        str,
+        typer.Option(metavar="64GiB", help="Of this machine. Default: what is free; 64GiB for a GPU that is not here."),
+    ] = "",
     gpus: Annotated[int, typer.Option(help="How many share the steps.")] = 1,
     gpu: Annotated[str, typer.Option(metavar="NAME", help="H200, 4090, ... instead of those that are here.")] = "",
     weights: Annotated[str, typer.Option(metavar="bf16|fp8", help="Default: whichever is better.")] = "",
