@@ -23,7 +23,7 @@ LISTENER_RATE = 48_000
 RESERVE_S = 0.04
 """Sound kept back beside the lookahead, so that chunks of a voice may come that much late."""
 
-BURST_S = 0.1
+BURST_S = 0.15
 """A microphone gives smaller chunks than this; whoever gives more at once has it ready made and is not waited for."""
 
 FADE_S = 0.005
@@ -214,9 +214,11 @@ class LiveCutter:
     def _beginning(self, samples: int, now_s: float | None) -> int:
         """How much of a voice that begins, of which so many samples are there, can be heard before the block's end."""
         since = self._since_beginning(now_s)
-        if since is None or not self._in_bursts or samples >= 2 * self._block:
-            return max(0, samples - self._kept)
-        return min(samples, since)
+        if since is not None and self._in_bursts and samples < 2 * self._block:
+            return min(samples, since)
+        # The next chunk comes no sooner than this one took to be spoken.
+        chunk = 0 if self._in_bursts else self._largest
+        return max(0, samples - max(self._kept, chunk + self._reserve))
 
     @property
     def _in_bursts(self) -> bool:

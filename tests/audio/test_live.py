@@ -185,7 +185,8 @@ def test_the_beginning_of_a_voice_is_laid_to_the_end_of_the_block_and_lookahead_
 
 def test_less_than_lookahead_and_reserve_waits_for_more():
     live = cutter()
-    live.push(noise(119 * MS))
+    for _ in range(7):
+        live.push(noise(17 * MS))
     assert not live.cut().speaking
     live.push(noise(1 * MS))
     assert not live.cut().speaking
@@ -269,7 +270,7 @@ def test_dropping_forgets_all_that_is_in_no_block():
 @settings(max_examples=40, deadline=None)
 @given(
     phase=st.floats(0, 0.48),
-    chunk_ms=st.sampled_from([5, 20, 23, 60, 90]),
+    chunk_ms=st.sampled_from([5, 20, 23, 60, 90, 100, 128, 149]),
     jitters=st.lists(st.floats(0, 0.03), min_size=1, max_size=50),
     timed=st.booleans(),
 )
@@ -291,10 +292,10 @@ def test_a_voice_in_real_time_has_no_hole(phase, chunk_ms, jitters, timed):
     begin = int(np.argmax(marks))
     assert marks[begin:].all(), "a hole in the voice"
     delay_s = begin / LISTENER_RATE + BLOCK_S - arrivals[0]
-    assert delay_s <= BLOCK_S + 0.12 + 0.01 + max(jitters)
+    assert delay_s <= BLOCK_S + max(0.12, chunk_s + 0.04) + 0.01 + max(jitters)
 
 
-@pytest.mark.parametrize("chunk_ms", [120, 200, 333, 480])
+@pytest.mark.parametrize("chunk_ms", [160, 200, 333, 480])
 @pytest.mark.parametrize("phase", np.arange(0, 0.48, 0.03).round(3))
 def test_a_voice_that_comes_ready_made_begins_within_one_block_and_has_no_hole(chunk_ms, phase):
     live = cutter()
