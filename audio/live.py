@@ -85,7 +85,7 @@ class LiveCutter:
           first came, which is as early as a steady pace allows; at once when there are two blocks of it.
         - What is known to be all of an utterance begins at once. So does what seems to be, since no more came in time.
 
-    The listener's samples are exactly those pushed (unless their drift is corrected), and zeros where silence is put in.
+    The listener hears exactly the samples pushed, unless their drift is corrected, and zeros where silence is put in.
     What is laid out runs 5 ms ahead of what is cut, since the model's resampler has to hear that far.
     """
 
