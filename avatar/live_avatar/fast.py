@@ -59,7 +59,7 @@ def compile_vae(vae: WanVae) -> None:
     def onward(decoder: nn.Module, latents: Tensor, memory: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         if latents.shape[2] != vae.latents_per_call:
             return decode_onward(decoder, latents, memory)
-        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
             # One layout from the first call on, or there would be a second graph.
             return compiled(decoder, _channels_last_view(latents), [_channels_last_view(x) for x in memory])
 

@@ -62,7 +62,10 @@ def apply(mode: str, model: LiveAvatar) -> None:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of this machine in TFLOP/s: large matrix products, attention at the sizes of the case."""
+    """Rates that this machine holds, in TFLOP/s: large matrix products, attention at the sizes of the case.
+
+    Each is kept up for a second: a card at its power limit runs slower than in a first burst.
+    """
 
     bf16: float
     float8: float
@@ -104,16 +107,16 @@ def measure_ceilings(config: DiTConfig, options: Options) -> Ceilings:
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     work = 2 * 8192**3 / 1e12
-    bf16 = work / timed(lambda: a @ b)
+    bf16 = work / held(lambda: a @ b)
     (qa, sa), (qb, sb) = quantize(a), quantize(b)
-    float8 = work / timed(
+    float8 = work / held(
         lambda: torch._scaled_mm(qa, qb.t(), scale_a=sa, scale_b=sb.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
     )
     heads = config.num_heads
     q = torch.randn(1, queries, heads, config.head_dim, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, heads, keys, config.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     with torch.no_grad():
-        attended = timed(lambda: attention(q, k.transpose(1, 2), v.transpose(1, 2)))
+        attended = held(lambda: attention(q, k.transpose(1, 2), v.transpose(1, 2)))
     return Ceilings(bf16, float8, 4 * queries * keys * config.dim / 1e12 / attended)
 
 
@@ -130,6 +133,14 @@ def timed(call: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
 
 
+def held(call: Callable[[], Any], seconds: float = 1.0) -> float:
+    """Seconds of one call, over a stretch in which the device does nothing else."""
+    count = max(1, round(seconds / timed(call, 3, 2)))
+    for _ in range(count):
+        call()
+    return timed(call, count // 3 + 1, 0)
+
+
 # Speed.
 
 
@@ -137,6 +148,8 @@ def timed(call: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> float:
 def stopwatch(*calls: tuple[Any, str]) -> Iterator[dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]]:
     """Device times of some methods while the block runs, by name."""
     times: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for _, name in calls}
+
+    own = {(id(owner), name): vars(owner).get(name) for owner, name in calls}
 
     def watch(owner: Any, name: str) -> None:
         original = getattr(owner, name)
@@ -158,6 +171,8 @@ def stopwatch(*calls: tuple[Any, str]) -> Iterator[dict[str, list[tuple[torch.cu
     finally:
         for owner, name in calls:
             delattr(owner, name)
+            if (before := own[id(owner), name]) is not None:
+                setattr(owner, name, before)
 
 
 def sound(block: int, lookahead: int) -> AudioBlock:
@@ -199,21 +214,23 @@ def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, A
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
     }
     if profiled:
-        result["kernels"] = profile(lambda: model.step(state, sound(warmup + blocks, model.spec.lookahead_samples)))
+        result |= profile(lambda: model.step(state, sound(warmup + blocks, model.spec.lookahead_samples)))
     return result
 
 
-def profile(call: Callable[[], Any], top: int = 45) -> list[dict[str, Any]]:
-    """Device time of one call by kernel, the longest first."""
+def profile(call: Callable[[], Any], top: int = 45) -> dict[str, Any]:
+    """Device time of one call: in all, and by kernel, the longest first."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as record:
         call()
         torch.cuda.synchronize()
     rows = sorted(record.key_averages(), key=lambda row: -row.self_device_time_total)
-    return [
+    busy = sum(row.self_device_time_total for row in rows) / 1e3
+    kernels = [
         {"ms": round(row.self_device_time_total / 1e3, 3), "count": row.count, "kernel": row.key[:140]}
         for row in rows[:top]
     ]
+    return {"busy_ms": round(busy, 1), "kernels": kernels}
 
 
 def speed_case(mode: str, options: Options, blocks: int, profiled: bool) -> dict[str, Any]:

@@ -1,0 +1,167 @@
+"""Live Avatar on a CUDA device: the reference's numbers, and the fast modes beside the plain one. Run with -m gpu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from audio.chunk import AudioBlock
+from avatar.attention import attention
+from avatar.cache import Conditioning, KVCache
+from avatar.compile import replay
+from avatar.live_avatar import fast
+from avatar.live_avatar.dit import CausalDiT, DiTConfig
+from avatar.live_avatar.generator import LiveAvatar, Options, random_live_avatar
+from avatar.model import Reference
+from avatar.quantize import FLOAT8, Float8Linear
+from avatar.sampling import denoise_block, reference_position, sigmas, step_modulations
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+CONFIG = DiTConfig(
+    dim=256,
+    ffn_dim=512,
+    num_heads=2,
+    num_layers=4,
+    text_dim=64,
+    audio_dim=64,
+    audio_layers=2,
+    audio_inject_layers=(0, 2),
+)
+OPTIONS = Options(width=128, height=64, clip_blocks=2, ring_blocks=2, motion_frames=25, prime_latents=3)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Any:
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with torch.no_grad():
+        yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+
+
+def test_a_stream_is_that_of_the_reference(golden: Any) -> None:
+    facts = golden.json("dit_main_stream_nopose.json")
+    tensors = {name: tensor.cuda() for name, tensor in golden.tensors("dit_main_stream_nopose.safetensors").items()}
+    dit = CausalDiT(DiTConfig.from_dict(golden.json("dit_main.config.json")))
+    dit.load_state_dict(golden.tensors("dit_main.weights.safetensors"))
+    dit.cuda()
+    levels = sigmas(facts["steps"]).cuda()
+    times = step_modulations(dit, levels, levels.device)
+    text = dit.encode_text(tensors["context"][None])
+    distances = iter(tensors["relative_dist"].tolist())
+    caches: list[KVCache] = []
+    for clip in range(facts["clips"]):
+        conditioning = dit.prefill(tensors[f"ref_latents.clip{clip}"], tensors[f"motion_latents.clip{clip}"], text)
+        caches = caches or [dit.new_cache(conditioning, 3 * facts["ring_blocks"]) for _ in times]
+        for cache in caches:
+            dit.condition(cache, conditioning)
+        for block in range(facts["blocks_per_clip"]):
+            f0, here = 3 * (clip * facts["blocks_per_clip"] + block), slice(3 * block, 3 * block + 3)
+            features = tensors[f"audio.clip{clip}"][..., 12 * block : 12 * block + 12]
+            audio = dit.prepare_audio(dit.encode_audio(features))
+            positions = [reference_position(f0, next(distances)) for _ in times]
+            noise = tensors[f"noise.clip{clip}"][None, :, here]
+            x = denoise_block(dit, noise, conditioning, caches, levels, times, text, audio, f0, positions)
+            torch.testing.assert_close(x[0], tensors[f"x_out.clip{clip}"][:, here], rtol=0, atol=5e-4)
+
+
+def run(*changes: Any, dtype: torch.dtype = torch.bfloat16, blocks: int = 4) -> list[Tensor]:
+    """Latents of some blocks."""
+    model = random_live_avatar(OPTIONS, CONFIG, dtype=torch.bfloat16, device="cuda", vae_width=16, speech_layers=1)
+    model.dit.to(dtype)
+    for change in changes:
+        change(model)
+    state = model.start(Reference(np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8), seed=1))
+    return [model.denoise(state, sound(i)) for i in range(blocks)]
+
+
+def sound(i: int) -> AudioBlock:
+    return AudioBlock(0.1 * np.random.default_rng(i).standard_normal(7_680).astype(np.float32), i * 7_680, 7_680)
+
+
+def float8(model: LiveAvatar) -> None:
+    fast.use_float8(model.dit)
+
+
+def attention8(model: LiveAvatar) -> None:
+    fast.use_float8_attention(model.dit)
+
+
+def fused(model: LiveAvatar) -> None:
+    fast.fuse(model.dit)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ((), 0.02),
+        ((fused,), 0.02),
+        ((float8,), 0.1),
+        ((float8, fused), 0.1),
+        ((attention8, fused), 0.1),
+        ((float8, attention8, fused), 0.15),
+    ],
+)
+def test_every_mode_stays_near_float32(changes: Any, limit: float) -> None:
+    exact = run(dtype=torch.float32)
+    assert max(map(apart, run(*changes), exact)) < limit
+
+
+@pytest.mark.parametrize("changes", [(), (float8,), (attention8,)])
+def test_the_fused_step_is_as_near_as_the_plain_one(changes: Any) -> None:
+    exact = run(dtype=torch.float32)
+    plain, fast_ = (max(map(apart, run(*both), exact)) for both in (changes, (*changes, fused)))
+    assert fast_ < 1.2 * plain
+
+
+@pytest.mark.parametrize(("queries", "blocks"), [(96, 1), (96, 2), (96, 5), (64, 3), (100, 2)])
+def test_attention_in_eight_bits_is_that_of_the_rounded_numbers(queries: int, blocks: int) -> None:
+    torch.manual_seed(0)
+    made = [torch.randn(1, 40, 3, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    given = Conditioning([made[0]], [made[1]], 4, queries // 12)
+    cache = KVCache.empty(given, 6, float8=True)
+    cache.keys[0].copy_(torch.full_like(cache.keys[0], 100, dtype=torch.bfloat16))
+    for block in range(blocks):
+        tokens = 3 * given.tokens_per_frame
+        k, v = (torch.randn(1, tokens, 3, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        keys, values = cache.append(0, k, v, block * tokens)
+    cache.keys[0][:, :40], cache.values[0][:, :40] = made[0].to(FLOAT8), made[1].to(FLOAT8)
+    q = torch.randn(1, queries, 3, 128, device="cuda", dtype=torch.bfloat16)
+    exact = attention(q.to(FLOAT8).float(), keys.float(), values.float())
+    assert apart(attention(q, keys, values), exact) < 0.04
+
+
+def test_a_product_in_eight_bits_is_that_of_the_rounded_numbers() -> None:
+    torch.manual_seed(0)
+    layer = Float8Linear.of(torch.nn.Linear(512, 256, dtype=torch.bfloat16, device="cuda"))
+    x = torch.randn(7, 512, dtype=torch.bfloat16, device="cuda")
+    assert apart(layer(x), layer.cpu()(x.cpu()).cuda()) < 0.01
+
+
+def test_the_compiled_decoder_gives_the_plain_ones_frames() -> None:
+    model = random_live_avatar(OPTIONS, CONFIG, device="cuda", vae_width=32, speech_layers=1)
+    state = model.start(Reference(np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8)))
+    latents = [torch.randn(1, 16, 3, 8, 16, device="cuda") for _ in range(3)]
+    plain = [model.decode(state, x) for x in latents]
+    state = model.start(Reference(np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8)))
+    fast.compile_vae(model.vae)
+    for ours, theirs in zip([model.decode(state, x) for x in latents], plain):
+        assert apart(ours, theirs) < 0.03
+
+
+def test_a_replayed_module_gives_what_it_gave() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8)).cuda()
+    inputs = [torch.randn(n, 8, device="cuda") for n in (3, 3, 3, 5, 3, 3, 3)]
+    wanted = [module(x) for x in inputs]
+    replay(module)
+    for x, y in zip(inputs, wanted):
+        torch.testing.assert_close(module(x).clone(), y, rtol=1e-5, atol=1e-5)
