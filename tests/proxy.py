@@ -71,6 +71,14 @@ class _Fault:
         self.moving.set()
 
 
+@dataclass
+class _Flapping:
+    """How many connections are still to be reset, each after how many bytes from its client."""
+
+    left: int = 0
+    after_bytes: int = 0
+
+
 class Proxy:
     """Listens on a free port of 127.0.0.1 and passes connections on to a port there. Use as a context manager.
 
@@ -87,8 +95,7 @@ class Proxy:
         self._faults = {Way.UP: _Fault(), Way.DOWN: _Fault()}
         self._mend()
         self._lines: dict[int, _Line] = {}
-        self._reset_next = 0
-        self._reset_after_bytes = 0
+        self._flapping = _Flapping()
         self._tarpit = False
         self._held: list[socket.socket] = []
         self._listener: socket.socket | None = None
@@ -122,7 +129,7 @@ class Proxy:
         """No fault any more: what stood still goes on, and new connections are taken. Those in the tarpit are reset."""
 
         async def do() -> None:
-            self._reset_next = 0
+            self._flapping.left = 0
             self._tarpit = False
             self._mend()
             await self._listen()
@@ -156,16 +163,19 @@ class Proxy:
         return self._do(do)
 
     def reset_each(self, times: int, after_bytes: int) -> None:
-        """The next so many connections are each reset once the client has sent that many bytes: flapping."""
+        """The next so many connections are each reset once the client has sent that many bytes: flapping.
+
+        One that ends by itself before that is not counted.
+        """
 
         async def do() -> None:
-            self._reset_next, self._reset_after_bytes = times, after_bytes
+            self._flapping = _Flapping(times, after_bytes)
 
         self._do(do)
 
     @property
     def resets_left(self) -> int:
-        return self._reset_next
+        return self._flapping.left
 
     def refuse(self) -> None:
         """New connections are refused, as by a host where nothing listens; open ones go on."""
@@ -242,11 +252,7 @@ class Proxy:
     async def _serve(self, client: socket.socket) -> None:
         connection = Connection(len(self.connections), time.monotonic())
         self.connections.append(connection)
-        reset_after: int | None = None
-        if self._reset_next:
-            self._reset_next -= 1
-            reset_after = self._reset_after_bytes
-        line = _Line(connection, self._faults, reset_after)
+        line = _Line(connection, self._faults, self._flapping if self._flapping.left else _Flapping())
         try:
             await self._loop.create_connection(lambda: line.server, "127.0.0.1", self.target_port)
         except OSError:
@@ -273,8 +279,8 @@ class Proxy:
 class _Line:
     """One connection: two ends, and two directions between them."""
 
-    def __init__(self, connection: Connection, faults: dict[Way, _Fault], reset_after: int | None) -> None:
-        self.connection, self.reset_after = connection, reset_after
+    def __init__(self, connection: Connection, faults: dict[Way, _Fault], flapping: _Flapping) -> None:
+        self.connection, self._flapping = connection, flapping
         self.client = _End(self, Way.UP, faults[Way.UP])
         self.server = _End(self, Way.DOWN, faults[Way.DOWN])
         self.on_end: Callable[[], object] = lambda: None
@@ -293,12 +299,15 @@ class _Line:
             seen.up_bytes += size
         else:
             seen.down_bytes += size
-        return self.reset_after is None or seen.up_bytes < self.reset_after
+        if not self._flapping.left or seen.up_bytes < self._flapping.after_bytes:
+            return True
+        self._flapping.left -= 1
+        return False
 
     def allowed(self, way: Way, size: int) -> int:
         """How many of these bytes still go through before the reset that is due."""
-        if way is Way.UP and self.reset_after is not None:
-            return max(0, min(size, self.reset_after - self.connection.up_bytes))
+        if way is Way.UP and self._flapping.left:
+            return max(0, min(size, self._flapping.after_bytes - self.connection.up_bytes))
         return size
 
     def reset(self) -> None:

@@ -24,6 +24,8 @@ import procs
 import pytest
 import skew
 from conftest import find_program
+from live import Live
+from mp4 import write_sound
 from proxy import Proxy, Way, certificate, free_port, tls_server
 from rtmp import RtmpServer
 from speech import RATE, Speaker, Speech
@@ -102,9 +104,9 @@ def write_stream(
 @pytest.mark.parametrize("late_ms", [0.0, 40.0, -80.0, 13.0])
 @pytest.mark.parametrize("name", ["a.mp4", "a.flv", "a.m3u8"])
 def test_skew_is_found_to_two_milliseconds(tmp_path, name, late_ms):
-    reading = skew.read(write_stream(tmp_path / name, late_ms=lambda at_s: late_ms))
+    reading = skew.read(write_stream(tmp_path / name, 6, late_ms=lambda at_s: late_ms))
     assert reading.ended == "end"
-    assert reading.skew.pairs == len(Speech().clicks(0, 10)) > 8
+    assert reading.skew.pairs == len(Speech().clicks(0, 6)) > 4
     assert reading.skew.ms == pytest.approx(late_ms, abs=WITHIN_MS)
     assert reading.skew.p50 == pytest.approx(late_ms, abs=WITHIN_MS)
     assert reading.skew.p95 == pytest.approx(abs(late_ms), abs=WITHIN_MS)
@@ -265,8 +267,8 @@ def test_a_speaker_keeps_time_and_knows_when_it_said_what():
 
 
 def test_a_speaker_without_a_pace_is_as_fast_as_the_reader():
-    heard, took_s, _ = spoken(60.0, speed=None)
-    assert len(heard) == 60 * RATE * 2
+    heard, took_s, _ = spoken(30.0, speed=None)
+    assert len(heard) == 30 * RATE * 2
     assert took_s < 10
 
 
@@ -437,13 +439,15 @@ def test_a_reset_reaches_both_ends(line, echo):
 
 def test_a_flapping_line_resets_so_many_connections_each_after_so_many_bytes(line):
     line.reset_each(3, after_bytes=1000)
+    with connect(line) as connection:
+        sent_and_back(connection, b"too short to be counted")
     for _ in range(3):
         with connect(line) as connection, pytest.raises(ConnectionError):
             list(map(connection.sendall, itertools.repeat(bytes(100))))
     with connect(line) as connection:
         sent_and_back(connection, bytes(10_000))
-    assert [connection.up_bytes for connection in line.connections] == [1000, 1000, 1000, 10_000]
-    assert [connection.ended for connection in line.connections[:3]] == ["reset"] * 3
+    assert [connection.up_bytes for connection in line.connections[1:]] == [1000, 1000, 1000, 10_000]
+    assert [connection.ended for connection in line.connections[1:4]] == ["reset"] * 3
     assert line.resets_left == 0
 
 
@@ -504,7 +508,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RtmpServer]:
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_stream(tmp_path_factory.mktemp("film") / "film.flv", 5, late_ms=lambda at_s: 25.0)
+    return write_stream(tmp_path_factory.mktemp("film") / "film.flv", 4, late_ms=lambda at_s: 25.0)
 
 
 def publisher(film: Path, url: str, *options: str, real_time: bool = True) -> subprocess.Popen[bytes]:
@@ -535,8 +539,8 @@ def test_the_server_records_each_connection_of_a_stream(server, film):
     assert len(recordings) == len(server.publishings("twice")) == 2
     for recording in recordings:
         reading = skew.read(recording)
-        assert reading.frames >= 123
-        assert reading.skew.pairs >= 5
+        assert reading.frames >= 98
+        assert reading.skew.pairs >= 3
         assert reading.skew.ms == pytest.approx(25, abs=WITHIN_MS)
 
 
@@ -558,7 +562,7 @@ def test_a_stream_is_watched_while_it_is_sent(server, film):
     # Sent in real time: flashes arrive as far apart as they are in the stream.
     arrived, shown = np.array(recorded.reading.arrivals), np.array(recorded.reading.flashes)
     assert np.diff(arrived) == pytest.approx(np.diff(shown), abs=0.2)
-    assert pulled.reading.skew.pairs >= 2
+    assert pulled.reading.skew.pairs >= 1
     assert pulled.reading.skew.ms == pytest.approx(25, abs=WITHIN_MS)
 
 
@@ -600,7 +604,7 @@ def test_a_stream_can_be_refused_by_its_key(server, film):
 def test_with_a_line_before_it_the_server_speaks_rtmps(server, film, tmp_path):
     with Proxy(server.port, tls=tls_server(certificate(tmp_path))) as line:
         assert ended(publisher(film, line.url(server.url("secure")), real_time=False)) == 0
-    assert skew.read(server.recordings("secure")[0]).frames >= 123
+    assert skew.read(server.recordings("secure")[0]).frames >= 98
 
 
 @pytest.mark.needs("nginx")
@@ -673,6 +677,29 @@ def test_samples_are_thinned_and_the_watch_ends_with_its_process(growing, monkey
         assert 4 <= len(watch.samples) <= 11
         os.kill(pid, signal.SIGINT)
         until(lambda: watch.sample() is None, 5)
+
+
+def test_the_command_is_run_with_its_events_and_its_processes(tmp_path):
+    wav = write_sound(tmp_path / "speech.wav", Speech().samples(0, 20 * RATE), RATE)
+    out = tmp_path / "out.mp4"
+    with Live(tmp_path / "place", [out], audio=str(wav), format=None) as live:
+        assert os.path.exists(f"/proc/{live.engine()}")
+        assert live.end() == 0
+        assert live.events[-1]["frames"] == 500
+        with pytest.raises(EOFError, match="ended with 0 without 'never'"):
+            live.wait_for("never")
+    reading = skew.read(out)
+    assert (reading.lone_flashes, reading.lone_clicks, reading.skew.pairs) == (0, 0, 20)
+    assert reading.skew.max < WITHIN_MS
+
+
+def test_of_a_command_that_is_left_nothing_stays(tmp_path):
+    options = "--set=model.options.step_s=1"
+    wav = write_sound(tmp_path / "speech.wav", Speech().samples(0, 20 * RATE), RATE)
+    with Live(tmp_path / "place", [tmp_path / "out.mp4"], options, audio=str(wav), format=None) as live:
+        pids = [live.pid, live.engine()]
+    for pid in pids:
+        until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), 5)
 
 
 async def test_the_heartbeat_tells_how_long_the_loop_was_blocked():
