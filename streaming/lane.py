@@ -305,7 +305,7 @@ class Lane:
         await self._lost(error)
         if isinstance(error, SinkError):
             # Once for each thing that happens, not for each time it is looked at.
-            log.log(logging.DEBUG if known else logging.WARNING, "%s; next try in %.1f s", error, delay_s)
+            log.log(logging.DEBUG if known else logging.WARNING, "%s; next try in %.1f s", self._last_error, delay_s)
         else:
             log.error("%s: a bug ended this connection; next try in %.1f s", self.name, delay_s, exc_info=error)
         await self._sleep(delay_s)

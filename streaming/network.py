@@ -150,12 +150,13 @@ class NetworkSink:
             return
         say_goodbye = self._state == "connected" and self._error is None
         self._state = "closed"
+        if self._muxer is not None:
+            # In any case, since an open container is in a circle of references that holds a megabyte.
+            self._muxer.close()
         if self._process is None:
             return
         try:
             if say_goodbye:
-                assert self._muxer is not None
-                self._muxer.close()
                 self._send(self._bytes.take())
                 assert self._process.stdin is not None
                 self._process.stdin.close()

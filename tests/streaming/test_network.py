@@ -74,7 +74,6 @@ class Air:
     def __init__(self, url: str, policy: LanePolicy = QUICK, limits: Limits = FAST, kbps: int = 500) -> None:
         settings = EncoderSettings(live=True, preset="ultrafast", bitrate_kbps=kbps)
         self.encoder = Encoder(128, 128, 25, 1, settings)
-        self.sinks: list[NetworkSink] = []
         self.keyframes_at: list[float] = []
         """When each connection wrote its first packet."""
         self.lane = Lane(lambda: self.connect(url, limits), policy=policy, want_keyframe=self.encoder.want_keyframe)
@@ -94,8 +93,8 @@ class Air:
                     self.begun = True
                     air.keyframes_at.append(time.monotonic())
 
-        self.sinks.append(Watched(url, limits))
-        return self.sinks[-1]
+        self.sink = Watched(url, limits)
+        return self.sink
 
     async def __aenter__(self) -> Air:
         await self.watch.__aenter__()
@@ -351,7 +350,7 @@ async def test_the_stream_key_is_in_no_command_line_environment_or_log(nginx, ca
         await air.on_air()
         (pid,) = publishers()
         shown = told_to_all(pid)
-        shown += f"{air.lane.status} {air.lane!r} {air.sinks[0]!r} {air.sinks[0].name}".encode()
+        shown += f"{air.lane.status} {air.lane!r} {air.sink!r} {air.sink.name}".encode()
         assert b"streaming.publish" in shown
         await asyncio.to_thread(nginx.kill)
         await air.until(lambda status: status.state == "waiting")
@@ -490,6 +489,52 @@ async def test_flapping_leaves_no_process_thread_or_descriptor_behind(nginx):
         assert len(publishers()) == 1
         assert after[0] <= before[0] + 1
         assert after[1] <= before[1] + 1
+
+
+@pytest.mark.slow
+@pytest.mark.needs("nginx")
+async def test_a_hundred_resets_in_mid_frame_leave_nothing_behind_and_cost_half_a_second_each(nginx):
+    import threading
+
+    with Proxy(nginx.port) as line:
+        async with Air(line.url(nginx.url("flap")), policy=replace(QUICK, aired_s=0.0), kbps=2000) as air:
+            await air.on_air()
+            await asyncio.sleep(1)
+            before = len(os.listdir("/proc/self/fd")), threading.active_count(), psutil.Process().memory_info().rss
+            took_s = []
+            for number in range(2, 102):
+                line.reset()
+                took_s.append(await air.on_air(number))
+            await asyncio.sleep(0.5)
+            after = len(os.listdir("/proc/self/fd")), threading.active_count(), psutil.Process().memory_info().rss
+            print(
+                f"keyframe after {np.median(took_s):.2f} s, at most {max(took_s):.2f}; before {before}, after {after}"
+            )
+            assert len(publishers()) == 1
+            assert after[0] <= before[0] + 2
+            assert after[1] <= before[1] + 2
+            assert after[2] - before[2] < 20e6
+            assert max(took_s) < 3
+    assert len(nginx.recordings("flap")) == 101
+
+
+@pytest.mark.slow
+@pytest.mark.needs("nginx")
+@pytest.mark.parametrize("kbps", [200, 1000, 4000])
+async def test_a_server_that_freezes_is_left_within_five_seconds(nginx, kbps):
+    async with Air(nginx.url("frozen"), policy=LanePolicy.LIVE, limits=Limits(), kbps=kbps) as air:
+        await air.on_air()
+        await asyncio.sleep(6)
+        nginx.freeze()
+        try:
+            stalled_s = await air.until(lambda status: status.state == "waiting")
+            await asyncio.sleep(4)
+        finally:
+            nginx.thaw()
+        took_s = await air.on_air(2)
+        print(f"{kbps} kbit/s: left after {stalled_s:.2f} s; keyframe {took_s:.2f} s after the server went on")
+        assert stalled_s < 5
+        assert took_s < 3
 
 
 @pytest.mark.needs("nginx")
