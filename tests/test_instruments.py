@@ -622,16 +622,14 @@ def test_two_servers_get_along(server, tmp_path):
 
 GROWING = """
 import os, subprocess, sys, threading, time
-child = subprocess.Popen([sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "0"], stdout=subprocess.DEVNULL)
+# Ends with its input, and so with us.
+child = subprocess.Popen([sys.executable, "-m", "json.tool"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
 kept = []
-try:
-    while True:
-        if sys.argv[1] == "leak":
-            kept += [bytearray(os.urandom(1) * 300_000), open(os.devnull)]
-            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-        time.sleep(0.03)
-finally:
-    child.kill()
+while True:
+    if sys.argv[1] == "leak":
+        kept += [bytearray(os.urandom(1) * 300_000), open(os.devnull)]
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    time.sleep(0.03)
 """
 
 
@@ -645,13 +643,13 @@ def growing() -> Iterator[Callable[[str], int]]:
 
     yield start
     for process in started:
-        process.send_signal(signal.SIGINT)
+        process.kill()
         process.wait(5)
 
 
 def test_what_leaks_is_seen_and_what_does_not_is_flat(growing):
     leak, flat = growing("leak"), growing("flat")
-    until(lambda: procs.children(leak, "http.server") and procs.children(flat, "http.server"), 10)
+    until(lambda: procs.children(leak, "json.tool") and procs.children(flat, "json.tool"), 10)
     time.sleep(0.3)
     with procs.ProcessWatch(leak, 0.1) as leaking, procs.ProcessWatch(flat, 0.1) as still:
         time.sleep(1.5)
@@ -663,7 +661,7 @@ def test_what_leaks_is_seen_and_what_does_not_is_flat(growing):
     assert still.slope("descriptors") == still.slope("threads") == 0
     summary = still.summary()
     assert summary["processes"]["most"] == 2
-    assert summary["peak_rss_mib"]["http.server"] > 5
+    assert summary["peak_rss_mib"]["json.tool"] > 5
     assert 0 <= summary["cores"] < 1
     assert any("SECRET=hunter2" in line for line in procs.command_lines(flat))
 
@@ -675,7 +673,7 @@ def test_samples_are_thinned_and_the_watch_ends_with_its_process(growing, monkey
         for _ in range(15):
             watch.sample()
         assert 4 <= len(watch.samples) <= 11
-        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGKILL)
         until(lambda: watch.sample() is None, 5)
 
 
