@@ -221,7 +221,7 @@ def test_a_picture_that_cannot_be_used_is_one_line(place, kind):
         ("folder", "is a folder"),
         ("nowhere/out.mp4", "there is no folder nowhere"),
         ("out.xyz", "file type '.xyz' is not one we write"),
-        ("rtmp://server/live/secret", "rtmp://: no such output"),
+        ("rtsp://server/live/secret", "rtsp://: no such output"),
     ],
 )
 def test_a_target_that_cannot_be_written_is_one_line(place, target, message):
