@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from av.packet import Packet
@@ -201,6 +202,16 @@ class Lane:
         else:
             await self._sink.close(complete=False)
             self._ended.set()
+
+    @property
+    def output(self) -> Path | None:
+        """Where something playable is by now, for an output on the disk."""
+        return self._sink.output
+
+    @property
+    def output(self) -> Path | None:
+        """Where something playable is by now, if it is on this machine."""
+        return self._sink.output
 
     @property
     def backlog_s(self) -> float:

@@ -362,9 +362,9 @@ async def probe(name: str, host: str, port: int, limit_s: float, tls: bool = Fal
     stage = "was not found"
     try:
         async with asyncio.timeout(limit_s):
-            address = await _resolve(host, port)
+            addresses = await _resolve(host, port)
             stage = "does not answer"
-            reader, writer = await asyncio.open_connection(address, port)
+            reader, writer = await _connect(addresses, port, limit_s)
             if tls:
                 stage = "takes the connection and does not speak TLS; is it rtmp:// ?"
                 context = await asyncio.to_thread(ssl.create_default_context)
@@ -394,17 +394,28 @@ async def probe(name: str, host: str, port: int, limit_s: float, tls: bool = Fal
         raise TargetRefused(f"{name}: what answers there is not an RTMP server")
 
 
-_lookups: dict[tuple[str, int], Future[str]] = {}
+async def _connect(
+    addresses: Sequence[str], port: int, limit_s: float
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The first of the addresses that answers in its share of the time: a host may have one that leads nowhere."""
+    for address in addresses[:-1]:
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(limit_s / len(addresses)):
+                return await asyncio.open_connection(address, port)
+    return await asyncio.open_connection(addresses[-1], port)
 
 
-async def _resolve(host: str, port: int) -> str:
-    """The address of a host. Raises: socket.gaierror.
+_lookups: dict[tuple[str, int], Future[list[str]]] = {}
+
+
+async def _resolve(host: str, port: int) -> list[str]:
+    """The addresses of a host, the best first. Raises: socket.gaierror.
 
     Not by asyncio's own pool of threads: a name server that is silent would fill it, and a process that ends would wait
     for it. There is one thread for each name that is being looked up, and nobody waits for it for ever.
     """
     with contextlib.suppress(ValueError):
-        return str(ipaddress.ip_address(host))
+        return [str(ipaddress.ip_address(host))]
     found = _lookups.get((host, port))
     if found is None:
         found = _lookups[host, port] = Future()
@@ -412,7 +423,8 @@ async def _resolve(host: str, port: int) -> str:
 
         def look_up() -> None:
             try:
-                found.set_result(str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]))
+                answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                found.set_result([str(answer[4][0]) for answer in answers])
             except BaseException as error:
                 found.set_exception(error)
             finally:

@@ -286,6 +286,15 @@ async def test_a_host_that_does_not_exist_is_told(monkeypatch):
         await probe("rtmp://a", "nowhere.example", 1935, 2)
 
 
+async def test_a_host_with_an_address_that_leads_nowhere_is_reached_by_the_other(monkeypatch):
+    def both(host: str, port: int, **_: object) -> list:
+        return [(0, 0, 0, "", ("::1", port, 0, 0)), (0, 0, 0, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    async with tarpit(b"\3" + bytes(1536)) as port:
+        await probe("rtmp://a", "two.example", port, 2)
+
+
 async def test_a_name_server_that_is_silent_holds_up_nothing_and_costs_one_thread(monkeypatch):
     import threading
 
