@@ -209,11 +209,6 @@ class Lane:
         return self._sink.output
 
     @property
-    def output(self) -> Path | None:
-        """Where something playable is by now, if it is on this machine."""
-        return self._sink.output
-
-    @property
     def backlog_s(self) -> float:
         """Seconds of the stream that were offered and have not left this machine."""
         first = self._writing[0] if self._writing else self._queue[0] if self._queue else None
