@@ -16,13 +16,17 @@ import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Annotated, Any  # noqa: E402
+from typing import TYPE_CHECKING, Annotated, Any  # noqa: E402
 
 import typer  # noqa: E402
 
 from audio.errors import AvatardError  # noqa: E402
 from service import VERSION  # noqa: E402
+
+if TYPE_CHECKING:
+    from service.config import Settings
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -58,10 +62,28 @@ def top(
 @app.command("run")
 def run_command(
     image: Annotated[Path, typer.Option("--image", "-i", help="A picture of the person: any kind Pillow opens.")],
-    audio: Annotated[Path, typer.Option("--audio", "-a", help="What they say: any audio or video file.")],
-    to: Annotated[
-        list[str], typer.Option("--to", "-o", help="The video: NAME.mp4, or null:// to measure. Repeatable.")
+    audio: Annotated[
+        str,
+        typer.Option(
+            "--audio",
+            "-a",
+            help="What they say: any audio or video file; live: - for stdin, a FIFO, a URL or a device.",
+        ),
     ],
+    to: Annotated[
+        list[str],
+        typer.Option(
+            "--to",
+            "-o",
+            help="Where the video goes: NAME.mp4, segment:SECONDS:NAME.mp4, LIST.m3u8, rtmp://HOST/APP/KEY, or null:// "
+            "to measure. Repeatable.",
+        ),
+    ],
+    pcm: Annotated[
+        str | None,
+        typer.Option("--format", metavar="ENC:RATE:CH", help="Of raw samples on stdin or a FIFO, as s16le:16000:1."),
+    ] = None,
+    stay: Annotated[bool, typer.Option("--stay", help="Live: idle on when the voice has ended.")] = False,
     model: Annotated[
         str | None, typer.Option(help="pocket (default), live-avatar-14b, a folder of weights, or FILE.py:FUNCTION.")
     ] = None,
@@ -75,10 +97,11 @@ def run_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON with the results.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Make one video of a picture that speaks a sound."""
+    """Make a picture speak: a file into a file as fast as it can, a live voice or a live output in real time."""
     from service import log
     from service.config import load_settings
-    from service.run import RunRequest, Stopped, Watcher, run
+    from service.live import is_live
+    from service.run import Stopped
 
     log.set_up()
     width, height = parse_size(size)
@@ -92,26 +115,46 @@ def run_command(
         model__height=height,
         model__steps=steps,
     )
-    request = RunRequest(image=image, audio=audio, targets=tuple(to), overwrite=overwrite)
-    interactive = sys.stderr.isatty() and not quiet and not as_json
+    show = _Show(interactive=sys.stderr.isatty() and not quiet and not as_json, as_json=as_json, quiet=quiet)
     try:
-        if interactive:
-            from service.progress import Bar
-
-            with Bar(Path(to[0]).name) as bar:
-                result = run(request, settings, bar, BEGAN)
+        if is_live(audio, tuple(to), pcm):
+            _run_live(settings, show, image, audio, tuple(to), pcm, overwrite, stay)
         else:
-            result = run(request, settings, Watcher(), BEGAN)
+            _run_file(settings, show, image, Path(audio), tuple(to), overwrite)
     except Stopped:
         _complain("stopped before the first frame; nothing was written")
         raise typer.Exit(INTERRUPTED) from None
-    for warning in [] if quiet else result.warnings:
+
+
+@dataclass(frozen=True)
+class _Show:
+    """How much a run tells: to a person at a terminal, to a program, or nothing but errors."""
+
+    interactive: bool
+    as_json: bool
+    quiet: bool
+
+
+def _run_file(
+    settings: Settings, show: _Show, image: Path, audio: Path, targets: tuple[str, ...], overwrite: bool
+) -> None:
+    from service.run import RunRequest, Watcher, run
+
+    request = RunRequest(image=image, audio=audio, targets=targets, overwrite=overwrite)
+    if show.interactive:
+        from service.progress import Bar
+
+        with Bar(Path(targets[0]).name) as bar:
+            result = run(request, settings, bar, BEGAN)
+    else:
+        result = run(request, settings, Watcher(), BEGAN)
+    for warning in [] if show.quiet else result.warnings:
         _complain(f"warning: {warning}")
-    if as_json:
+    if show.as_json:
         print(json.dumps(vars(result)))
-    elif interactive:
+    elif show.interactive:
         print(
-            f"{', '.join(result.outputs) or to[0]}: {result.seconds:.2f} s of video in {result.wall_s:.1f} s, "
+            f"{', '.join(result.outputs) or targets[0]}: {result.seconds:.2f} s of video in {result.wall_s:.1f} s, "
             f"{result.times_real_time:.2f} x real time",
             file=sys.stderr,
         )
@@ -119,6 +162,36 @@ def run_command(
         where = f"{', '.join(result.outputs)} plays up to there" if result.outputs else "nothing was kept"
         _complain(f"stopped after {result.seconds:.2f} s of video; {where}")
         raise typer.Exit(INTERRUPTED)
+
+
+def _run_live(
+    settings: Settings,
+    show: _Show,
+    image: Path,
+    audio: str,
+    targets: tuple[str, ...],
+    pcm: str | None,
+    overwrite: bool,
+    stay: bool,
+) -> None:
+    from service.live import LiveRequest, LiveWatcher, broadcast
+
+    request = LiveRequest(image, audio, targets, pcm, overwrite, stay)
+    if show.interactive:
+        from service.progress import StatusLine
+
+        with StatusLine() as line:
+            result = broadcast(request, settings, line, BEGAN)
+    elif show.as_json:
+        watcher = LiveWatcher()
+        watcher.event = lambda event: print(json.dumps(event), flush=True)  # type: ignore[method-assign]
+        result = broadcast(request, settings, watcher, BEGAN)
+        print(json.dumps({"event": "ended", **vars(result)}), flush=True)
+    else:
+        result = broadcast(request, settings, LiveWatcher(), BEGAN)
+    if show.interactive:
+        kept = f"; {', '.join(result.outputs)}" if result.outputs else ""
+        print(f"off air after {result.seconds:.1f} s, {result.held} frames held{kept}", file=sys.stderr)
 
 
 @app.command()

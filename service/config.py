@@ -53,6 +53,29 @@ class EncoderSection(_Section):
     threads: int = Field(1, ge=1, le=64, description="threads of x264; one leaves the other cores to the model")
 
 
+class LiveSection(_Section):
+    """What a broadcast does otherwise than a file."""
+
+    bitrate_kbps: int = Field(2500, ge=100, le=100_000, description="of the picture, where it is sent over a network")
+    codec: typing.Literal["libx264", "h264_nvenc"] = Field(
+        "libx264", description="h264_nvenc where the GPU has it; libx264 where it has not"
+    )
+    width: int | None = Field(None, ge=64, le=7680, description="pixels that are sent; null: the model's own")
+    height: int | None = Field(None, ge=64, le=4320, description="pixels that are sent; null: the model's own")
+    fps: int | None = Field(None, ge=10, le=60, description="frames that are sent each second; null: the model's own")
+    channels: int = Field(2, ge=1, le=2, description="of the sound that is sent; some servers want stereo")
+    waiting_s: float = Field(
+        60.0, ge=1, le=3600, description="seconds of sound that may wait to be spoken before its sender has to"
+    )
+    file_lead_s: float = Field(
+        2.0, ge=0, le=30, description="seconds by which a file is made ahead; a voice is never made ahead"
+    )
+    step_timeout_s: float = Field(10.0, gt=0, description="seconds until a block that is not made ends the engine")
+    snapshot_every_s: float = Field(
+        1.0, gt=0, description="seconds of video between snapshots, from which a session goes on after its engine died"
+    )
+
+
 class LimitsSection(_Section):
     """What is refused as too large."""
 
@@ -71,6 +94,7 @@ class Settings(_Section):
 
     model: ModelSection = ModelSection.model_construct()
     encoder: EncoderSection = EncoderSection.model_construct()
+    live: LiveSection = LiveSection.model_construct()
     limits: LimitsSection = LimitsSection.model_construct()
     paths: PathsSection = PathsSection.model_construct()
 

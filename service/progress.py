@@ -1,4 +1,4 @@
-"""How a run goes, drawn on a terminal: frames, frames per second, times real time, and the time that is left."""
+"""How a run goes, drawn on a terminal: a bar for a file, one line for a broadcast."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from service.live import Event, LiveWatcher
 from service.run import Watcher
 
 if TYPE_CHECKING:
@@ -58,3 +61,41 @@ class Bar(Watcher):
         rate = (last - first) / (now - since) if now > since else 0.0
         speed = f"{rate:.1f} fps, {rate / self._fps:.2f} x real time" if rate else ""
         self._progress.update(self._task, completed=progress.frames, speed=speed)
+
+
+class StatusLine(LiveWatcher):
+    """The state of a broadcast on stderr, for a terminal. Use as a context manager around it."""
+
+    def __init__(self) -> None:
+        self._live = Live(Text("loading the model"), console=Console(stderr=True), transient=True)
+
+    def __enter__(self) -> StatusLine:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def event(self, event: Event) -> None:
+        if "outputs" in event:
+            self._live.update(Text(status_text(event)))
+
+
+def status_text(event: Event) -> str:
+    """A broadcast's event in words: one line for the whole, one for each output."""
+    air = "ON AIR" if event["on_air"] else "warming up"
+    seconds = event["frames"] // 25
+    clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    doing = "speaking" if event["speaking"] else "idle"
+    lines = [
+        f"{air} {clock}  {doing}  ahead {event['ahead_s']:.2f} s  load {event['load']:.0%}  "
+        f"skew {1000 * event['skew_s']:.0f} ms  held {event['held']}  engine {event['engine']} "
+        f"({event['engine_restarts']} restarts)"
+    ]
+    for output in event["outputs"]:
+        problem = f"  {output['last_error']}" if output["last_error"] and output["state"] != "sending" else ""
+        lines.append(
+            f"  {output['name']}  {output['state']}  sent {output['sent_s']:.0f} s  behind {output['backlog_s']:.1f} s"
+            f"  dropped {output['dropped_frames']}  reconnects {output['reconnects']}{problem}"
+        )
+    return "\n".join(lines)

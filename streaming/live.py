@@ -1,0 +1,558 @@
+"""A live session: on air from its first frame to its last, whatever happens to sound, model or outputs.
+
+    PushSource -> LiveCutter -(on the clock)-> model -> frames by their number -(when due)-> Encoder -> lanes
+
+Everything hangs on one clock. Frame n is due at start + n / fps. The sound of a block is cut a little before its first
+frame is due, and from then on it is fixed: the listener hears it at its time, whether or not the model made pictures
+of it in time. A picture that is not there is replaced by the one before it, and a picture that comes too late is not
+shown. So the delay cannot grow, and picture and sound cannot part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from av.packet import Packet
+from numpy.typing import NDArray
+
+from audio.chunk import AudioBlock
+from audio.errors import AvatardError
+from audio.live import LISTENER_RATE, LiveBlock, LiveCutter, truncated
+from audio.source import PushSource
+from avatar.model import FrameBlock, Reference, StreamSpec
+from streaming.encoder import Encoder, EncoderSettings
+from streaming.lane import Lane, LaneStatus
+from streaming.pacing import Pacer
+
+log = logging.getLogger(__name__)
+
+WARM_UP_BLOCKS = 5
+"""Blocks of silence made before going on air; the first two pay for caches and lazy set-up and are not measured."""
+
+RECENT_STEPS = 20
+MARGIN_S = 0.05
+"""Between a block's frames being ready and the first of them being due, beside the time a step is known to take."""
+
+PENDING_S = 1.0
+"""Sound in the cutter after which no more is read: who pushes has to wait, and a pipe fills."""
+
+FAILURES = 3
+"""Blocks in a row that the model may refuse, each time begun anew from its reference, before the session ends."""
+
+
+class LiveModel(Protocol):
+    """What generates for a live session: an `EngineSession` that can be rewound.
+
+    blocks: how many steps were made, which is the number of the next one.
+    """
+
+    spec: StreamSpec
+    blocks: int
+
+    async def step(self, audio: AudioBlock) -> list[FrameBlock]: ...
+
+    async def rewind(self, block: int) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """lead_s: how much earlier than needed sound is cut and pictures are made. None for a voice, since it adds to
+    the delay; seconds for a file, whose future is known. stay: idle on when the sound has ended.
+    """
+
+    lead_s: float = 0.0
+    stay: bool = False
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """What an interruption did. played_s: what was heard since the voice began; dropped_s: what never will be."""
+
+    played_s: float
+    dropped_s: float
+
+
+@dataclass(frozen=True)
+class LiveStatus:
+    """How a session stands.
+
+    frames: sent to the encoder; held: of them, shown again because there was no newer; skipped: blocks that the model
+    never made, since they would have come too late; ahead_s: from the last frame sent to the last one that is ready;
+    step_s: a block takes the model, median of the last ones; load: that over a block's length, live needs less than 1;
+    skew_s: length of the pictures sent less that of the sound sent; waiting_s: sound that waits for its turn;
+    slips: times the clock began anew after the process stood still.
+    """
+
+    on_air: bool
+    speaking: bool
+    frames: int
+    held: int
+    skipped: int
+    ahead_s: float
+    step_s: float
+    load: float
+    skew_s: float
+    waiting_s: float
+    slips: int
+    interruptions: int
+    outputs: tuple[LaneStatus, ...]
+
+
+@dataclass
+class _Block:
+    """One block of the programme: its sound since it was cut, its pictures since the model made them.
+
+    number, model: which step of which model made it or is making it; None before, and when it was skipped.
+    """
+
+    cut: LiveBlock
+    pictures: NDArray[np.uint8] | None = None
+    number: int | None = None
+    model: LiveModel | None = None
+    settled: bool = False
+    """Made, being made, or given up: the model need not look at it."""
+
+
+class LiveSession:
+    """One person on air.
+
+    Args:
+        source: mono sound at 48 kHz. Its end ends the session once all of it was heard, unless the settings say stay.
+        open_model: starts the model on a reference; called again for `set`, and when the model failed.
+        clock: monotonic seconds, of the loop that runs the session.
+        on_change: called after something worth telling (on air, speaking or idle, too slow).
+    """
+
+    def __init__(
+        self,
+        source: PushSource,
+        open_model: Callable[[Reference], Awaitable[LiveModel]],
+        reference: Reference,
+        lanes: Sequence[Lane],
+        *,
+        encoder_settings: EncoderSettings | None = None,
+        metadata: Mapping[str, str] | None = None,
+        settings: LiveSettings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_change: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self._source, self._open_model, self._reference = source, open_model, reference
+        self._lanes, self._metadata = list(lanes), dict(metadata or {})
+        self._encoder_settings = encoder_settings or EncoderSettings()
+        self._settings = settings or LiveSettings()
+        self._clock, self._on_change = clock, on_change
+        self._blocks: dict[int, _Block] = {}
+        self._next_block = 0
+        self._frame = 0
+        self._on_air = self._speaking = False
+        self._held = self._skipped = self._interruptions = 0
+        self._played = 0
+        self._sound_sent = 0
+        self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._redo_from: int | None = None
+        self._replacement: LiveModel | None = None
+        self._source_ended = False
+        self._stopping = False
+        self._ended = asyncio.Event()
+        self._news = asyncio.Event()
+        self._taken = asyncio.Event()
+        self._heard = asyncio.Event()
+        self._begun = asyncio.Event()
+        self._source_error: AvatardError | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._encoder: Encoder | None = None
+        self._model: LiveModel
+
+    async def run(self, stop: asyncio.Event) -> LiveStatus:
+        """Warm up, go on air, and stay there until `stop` is set or the sound has ended.
+
+        Every output is finished and closed on the way out. Raises: AvatardError or a bug's exception: the model could
+        not be started, or failed again and again, or no output is left.
+        """
+        try:
+            await asyncio.gather(*(lane.open() for lane in self._lanes))
+            self._model = await self._open_model(self._reference)
+            self._spec = self._model.spec
+            self._cutter = LiveCutter(
+                self._spec.samples_per_block, self._spec.lookahead_samples, self._spec.sample_rate
+            )
+            await self._warm_up()
+            return await self._broadcast(stop)
+        finally:
+            self._source.abandon()
+            for lane in self._lanes:
+                lane.close(complete=False)
+
+    @property
+    def status(self) -> LiveStatus:
+        """As of now."""
+        step_s = _quantile(self._steps, 0.5)
+        block_s = self._spec.block_seconds if self._steps else math.nan
+        return LiveStatus(
+            on_air=self._on_air,
+            speaking=self._speaking,
+            frames=self._frame,
+            held=self._held,
+            skipped=self._skipped,
+            ahead_s=self._ahead_s() if self._on_air else 0.0,
+            step_s=step_s,
+            load=step_s / block_s,
+            skew_s=self._frame / self._spec.fps - self._sound_sent / LISTENER_RATE if self._steps else 0.0,
+            waiting_s=self._source.waiting_s + (self._cutter.pending_s if self._steps else 0.0),
+            slips=self._pacer.slips if self._begun.is_set() else 0,
+            interruptions=self._interruptions,
+            outputs=tuple(lane.status for lane in self._lanes),
+        )
+
+    def interrupt(self) -> Interruption:
+        """Be silent at once, and close the mouth as soon as the model can.
+
+        Sound that was not heard yet is forgotten. The model goes back to the block on the screen and makes the rest
+        of it anew; where too little of it is left for that, it makes the next one anew.
+        """
+        dropped = self._source.drop() + self._cutter.drop()
+        frames = self._spec.frames_per_block
+        current, shown = divmod(self._frame, frames)
+        samples = shown * self._samples_per_frame
+        for index in [i for i in self._blocks if i >= current]:
+            block = self._blocks[index]
+            # What is on the screen fades out: from its first sample on, since none would be a click.
+            keep = max(samples, 1) if index == current else 0
+            unheard = block.cut.spoken_after(keep)
+            dropped += unheard
+            if unheard:
+                block.cut = truncated(block.cut, keep)
+                self._make_again(index)
+        self._interruptions += 1
+        self._taken.set()
+        return Interruption(self._played / LISTENER_RATE, dropped / LISTENER_RATE)
+
+    async def set(self, reference: Reference) -> None:
+        """Change the picture or the prompt at the next block that is not made yet.
+
+        Raises: AvatardError: the model refuses it; the session goes on with what it had.
+        """
+        model = await self._open_model(reference)
+        if self._replacement is not None:
+            await self._replacement.close()
+        self._replacement, self._reference = model, reference
+        self._news.set()
+
+    def want_keyframe(self) -> None:
+        """The next frame shall be one with which a viewer can begin."""
+        if self._encoder is not None:
+            self._encoder.want_keyframe()
+
+    def add_output(self, lane: Lane) -> None:
+        """One more output, from its next keyframe on. It tries its target by itself."""
+        self._lanes.append(lane)
+        if self._tasks is not None:
+            self._tasks.create_task(self._run_lane(lane), name=f"lane {lane.name}")
+            self.want_keyframe()
+
+    def remove_output(self, name: str) -> None:
+        """Finish and forget the output of that name. Raises: KeyError."""
+        lane = next((lane for lane in self._lanes if lane.name == name), None)
+        if lane is None:
+            raise KeyError(name)
+        lane.close(complete=True)
+        self._lanes.remove(lane)
+
+    # Before going on air
+
+    async def _warm_up(self) -> None:
+        """Measure what a block takes, and say so when that is too long."""
+        spec = self._spec
+        for number in range(WARM_UP_BLOCKS):
+            silence = AudioBlock(
+                np.zeros(spec.samples_per_block, np.float32),
+                self._model.blocks * spec.samples_per_block,
+                spec.samples_per_block,
+                np.zeros(spec.lookahead_samples, np.float32),
+            )
+            began = self._clock()
+            for made in await self._model.step(silence):
+                self._picture = made.frames[-1]
+            if number >= 2:
+                self._steps.append(self._clock() - began)
+        typical = _quantile(self._steps, 0.5)
+        if typical > spec.block_seconds:
+            log.warning(
+                "too slow to be live: a block takes the model %.0f ms of the %.0f ms it lasts (%.1f of %d frames/s); "
+                "pictures will be held while the sound goes on",
+                *(1000 * typical, 1000 * spec.block_seconds, spec.frames_per_block / typical, spec.fps),
+            )
+            self._on_change("too slow")
+
+    async def _broadcast(self, stop: asyncio.Event) -> LiveStatus:
+        spec = self._spec
+        self._samples_per_frame = LISTENER_RATE // spec.fps
+        self._encoder = encoder = Encoder(spec.width, spec.height, spec.fps, 1, self._encoder_settings)
+        self._pacer = Pacer(spec.fps, self._clock)
+        with ThreadPoolExecutor(1, thread_name_prefix="encoder") as self._encoder_thread:
+            try:
+                async with asyncio.TaskGroup() as self._tasks:
+                    for lane in self._lanes:
+                        self._tasks.create_task(self._run_lane(lane), name=f"lane {lane.name}")
+                    helpers = [
+                        self._tasks.create_task(self._listen(), name="listen"),
+                        self._tasks.create_task(self._cut(), name="cut"),
+                        self._tasks.create_task(self._generate(), name="generate"),
+                        self._tasks.create_task(self._watch(stop), name="stop"),
+                    ]
+                    await self._tasks.create_task(self._deliver(encoder), name="deliver")
+                    for task in helpers:
+                        task.cancel()
+                    for lane in self._lanes:
+                        lane.close(complete=self._source_error is None)
+            except BaseExceptionGroup as group:
+                raise _first(group) from None
+            finally:
+                self._on_air = False
+                self._tasks = None
+                self._encoder_thread.submit(encoder.close)
+        if self._source_error is not None and not self._settings.stay:
+            raise self._source_error
+        return self.status
+
+    # The tasks
+
+    async def _listen(self) -> None:
+        """Sound from the source into the cutter, as much as is soon needed."""
+        try:
+            while (chunk := await self._source.read()) is not None:
+                if chunk.samples.size:
+                    self._cutter.push(chunk.samples, self._clock())
+                else:
+                    self._cutter.utterance_ended()
+                self._heard.set()
+                while self._cutter.pending_s >= PENDING_S:
+                    self._taken.clear()
+                    await self._taken.wait()
+        except AvatardError as error:
+            # What came before it is spoken first.
+            log.warning("%s; no more sound comes from there", error)
+            self._source_error = error
+        self._source_ended = True
+        self._cutter.utterance_ended()
+        self._heard.set()
+
+    async def _watch(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._ended.set()
+
+    async def _cut(self) -> None:
+        """Fix the sound of each block when its time has come."""
+        await self._hear_more(self._settings.lead_s)
+        self._pacer.begin(self._lead_s())
+        self._on_air = True
+        self._begun.set()
+        self._on_change("on air")
+        while True:
+            due = self._pacer.due(self._next_block * self._spec.frames_per_block)
+            if (wait_s := due - self._lead_s() - self._clock()) > 0:
+                await asyncio.sleep(wait_s)  # and look again: the lead may have changed meanwhile
+            elif (spare_s := due - self._needed_s() - self._clock()) > 0 and self._reading():
+                await self._hear_more(spare_s)
+            else:
+                self._cut_next()
+                await asyncio.sleep(0)
+
+    def _reading(self) -> bool:
+        """A file is being read and the next block is not there yet: silence is for a voice that does not speak."""
+        return self._settings.lead_s > 0 and not self._source_ended and self._cutter.missing_s > 0
+
+    async def _hear_more(self, limit_s: float) -> None:
+        if limit_s > 0 and self._reading():
+            self._heard.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._heard.wait(), limit_s)
+
+    def _cut_next(self) -> None:
+        self._blocks[self._next_block] = _Block(self._cutter.cut(self._clock()))
+        self._next_block += 1
+        self._taken.set()
+        self._news.set()
+
+    async def _generate(self) -> None:
+        """Sound that is cut -> pictures, one block after the other; never one that can only come too late."""
+        failures = 0
+        while True:
+            await self._settle_requests()
+            index = self._next_to_make()
+            if index is None:
+                self._news.clear()
+                await self._news.wait()
+                continue
+            block, model = self._blocks[index], self._model
+            block.settled, block.number, block.model = True, model.blocks, model
+            sound = block.cut.audio
+            audio = dataclasses.replace(sound, start=model.blocks * self._spec.samples_per_block)
+            began = self._clock()
+            try:
+                made = await model.step(audio)
+            except Exception as error:
+                failures += 1
+                if failures == FAILURES:
+                    raise
+                log.warning("%s; begins anew from the picture", error)
+                with contextlib.suppress(AvatardError):
+                    await model.close()
+                self._model = await self._open_model(self._reference)
+                continue
+            failures = 0
+            self._steps.append(self._clock() - began)
+            if block.cut.audio is sound:
+                block.pictures = np.concatenate([part.frames for part in made])
+            # else it was interrupted meanwhile, and is made again
+
+    async def _settle_requests(self) -> None:
+        """Between two steps: go back after an interruption, change to another model."""
+        if self._redo_from is not None:
+            again = {index: block for index, block in self._blocks.items() if index >= self._redo_from}
+            self._redo_from = None
+            # A model that was replaced meanwhile makes nothing again; the one at work goes back as far as it was there.
+            own = [b.number for b in again.values() if b.model is self._model and b.number is not None]
+            if own:
+                await self._model.rewind(min(own))
+            for index, block in again.items():
+                block.settled, block.number = False, None
+                if index * self._spec.frames_per_block > self._frame:
+                    block.pictures = None
+        if self._replacement is not None:
+            old, self._model, self._replacement = self._model, self._replacement, None
+            await old.close()
+            self._on_change("changed")
+
+    def _make_again(self, index: int) -> None:
+        """The sound of a block has changed: note from where on the model has to go back."""
+        block = self._blocks[index]
+        first = index
+        frames = self._spec.frames_per_block
+        if index * frames <= self._frame:
+            # On the screen. Its mouth closes sooner if it is made anew, unless it is over by then.
+            left_s = -self._pacer.late_s((index + 1) * frames)
+            if block.pictures is not None and left_s < self._typical_s() + MARGIN_S:
+                first = index + 1
+        self._redo_from = first if self._redo_from is None else min(first, self._redo_from)
+        self._news.set()
+
+    def _next_to_make(self) -> int | None:
+        """The first block that is cut, not made, and of which half can still be shown; earlier ones are given up."""
+        half = self._spec.frames_per_block // 2
+        for index in sorted(self._blocks):
+            block = self._blocks[index]
+            if block.settled:
+                continue
+            if self._pacer.late_s(index * self._spec.frames_per_block + half) + self._typical_s() < 0:
+                return index
+            block.settled = True
+            self._skipped += 1
+        return None
+
+    async def _deliver(self, encoder: Encoder) -> None:
+        """When a frame is due: it, or the last one again, and its sound, to the encoder and on to every lane."""
+        frames = self._spec.frames_per_block
+        await self._begun.wait()
+        while not self._finished():
+            await self._pacer.wait(self._frame)
+            index, shown = divmod(self._frame, frames)
+            while index >= self._next_block:
+                self._cut_next()
+            block = self._blocks[index]
+            if block.pictures is not None:
+                self._picture = block.pictures[shown]
+            elif self._frame:
+                self._held += 1
+            begin = shown * self._samples_per_frame
+            sound = block.cut.sound[begin : begin + self._samples_per_frame]
+            self._note_speaking(block.cut.spoken_after(begin) > 0)
+            self._played += block.cut.spoken_after(begin) - block.cut.spoken_after(begin + self._samples_per_frame)
+            frame, self._frame = self._frame, self._frame + 1
+            self._hand_out(await self._in_encoder(self._encode, encoder, frame, self._picture, sound))
+            self._sound_sent += len(sound)
+            for old in [i for i in self._blocks if i < index]:
+                self._skipped += not self._blocks.pop(old).settled
+        self._hand_out(await self._in_encoder(encoder.flush))
+
+    # Small things
+
+    def _finished(self) -> bool:
+        """Asked to end; or, at a block's border, all the sound there will ever be was heard."""
+        if self._ended.is_set():
+            return True
+        if not self._source_ended or self._settings.stay or self._frame % self._spec.frames_per_block:
+            return False
+        ahead = (block for index, block in self._blocks.items() if index * self._spec.frames_per_block >= self._frame)
+        return not self._cutter.pending_s and not any(block.cut.spoken_after(0) for block in ahead)
+
+    def _note_speaking(self, speaking: bool) -> None:
+        if speaking != self._speaking:
+            self._speaking = speaking
+            self._played = 0 if speaking else self._played
+            self._on_change("speaking" if speaking else "idle")
+
+    def _encode(
+        self, encoder: Encoder, frame: int, picture: NDArray[np.uint8], sound: NDArray[np.float32]
+    ) -> list[Packet]:
+        return encoder.encode(FrameBlock(picture[None], np.zeros(0, np.float32), frame), sound[:, None])
+
+    def _hand_out(self, packets: list[Packet]) -> None:
+        for lane in self._lanes:
+            lane.offer(packets)
+
+    async def _run_lane(self, lane: Lane) -> None:
+        """A lane that ends by an error takes nothing with it, unless it was the last one."""
+        try:
+            assert self._encoder is not None
+            await lane.run(self._encoder.streams, self._metadata)
+        except AvatardError as error:
+            left = sum(not other.status.failed for other in self._lanes)
+            log.warning("%s; %d of %d outputs go on", error, left, len(self._lanes))
+            if not left:
+                raise
+
+    def _typical_s(self) -> float:
+        return _quantile(self._steps, 0.5)
+
+    def _needed_s(self) -> float:
+        """How long before it is due a block must be cut to be made in time; beyond a block nothing gets better."""
+        return min(_quantile(self._steps, 0.9) * 1.1 + MARGIN_S, self._spec.block_seconds)
+
+    def _lead_s(self) -> float:
+        return self._needed_s() + self._settings.lead_s
+
+    def _ahead_s(self) -> float:
+        ready = self._frame
+        frames = self._spec.frames_per_block
+        while (block := self._blocks.get(ready // frames)) is not None and block.pictures is not None:
+            ready = (ready // frames + 1) * frames
+        return (ready - self._frame) / self._spec.fps
+
+    async def _in_encoder(self, work: Callable[..., list[Packet]], *arguments: object) -> list[Packet]:
+        return await asyncio.get_running_loop().run_in_executor(self._encoder_thread, work, *arguments)
+
+
+def _quantile(values: Sequence[float] | deque[float], q: float) -> float:
+    return float(np.quantile(values, q)) if values else 0.0
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    """What ended the session: the first failure, since a task group cancels all others then."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

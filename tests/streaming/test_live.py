@@ -1,0 +1,472 @@
+"""LiveSession: on the clock whatever happens. Time is virtual; model, cutter, encoder and files are real."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mp4 import Mp4, clicks_at, read_mp4
+from toy_model import ToyModel, ToyState
+from virtual_loop import VirtualLoop, run_virtual
+
+from audio.chunk import AudioChunk
+from audio.errors import AvatardError
+from audio.source import PushSource
+from avatar.model import Reference
+from avatar.stateful import clone, restore
+from streaming.lane import Lane, LanePolicy
+from streaming.live import LiveSession, LiveSettings, LiveStatus
+from streaming.sinks import FileSink, Sink, SinkError
+
+GREY = Reference(np.full((8, 8, 3), 120, np.uint8))
+BRIGHT = Reference(np.full((8, 8, 3), 250, np.uint8))
+BLOCK_S = 0.48
+
+
+class InVirtualTime:
+    """The toy as an engine's session, a step of which takes virtual seconds."""
+
+    def __init__(self, reference: Reference, step_s: float, times: dict[int, float], failures: set[int]) -> None:
+        self.toy = ToyModel((64, 64))
+        self.spec = self.toy.spec
+        self.state: ToyState = self.toy.start(reference)
+        self.step_s, self.times, self.failures = step_s, times, failures
+        self.before: list[ToyState] = []
+        self.closed = False
+
+    @property
+    def blocks(self) -> int:
+        return self.state.blocks
+
+    async def step(self, audio):
+        assert not self.closed
+        await asyncio.sleep(self.times.get(self.blocks, self.step_s))
+        if self.blocks in self.failures:
+            raise AvatardError(f"toy: block {self.blocks} is not to my taste")
+        self.before.append(clone(self.state))
+        return self.toy.step(self.state, audio)
+
+    async def rewind(self, block: int) -> None:
+        assert self.blocks - block <= 3
+        self.state = restore(self.state, self.before[block])
+        del self.before[block:]
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class OnAir:
+    """A session into a file, driven by a test: `async def show(air)` runs while it is on air, then it is stopped."""
+
+    def __init__(
+        self,
+        folder: Path,
+        step_s: float = 0.15,
+        times: dict[int, float] | None = None,
+        failures: set[int] | None = None,
+        settings: LiveSettings | None = None,
+    ) -> None:
+        self.path = folder / "live.mp4"
+        self.loop = asyncio.get_running_loop()
+        assert isinstance(self.loop, VirtualLoop)
+        self.source = PushSource(48_000, ahead_s=60)
+        self.models: list[InVirtualTime] = []
+        self.changes: list[tuple[float, str]] = []
+        self.how = (step_s, times or {}, failures or set())
+        self.stop = asyncio.Event()
+        self.lane = file_lane(self.path, self.loop.time)
+        self.session = LiveSession(
+            self.source,
+            self.open_model,
+            GREY,
+            [self.lane],
+            settings=settings,
+            clock=self.loop.time,
+            on_change=lambda what: self.changes.append((self.loop.time(), what)),
+        )
+
+    async def open_model(self, reference: Reference) -> InVirtualTime:
+        if reference.prompt == "refused":
+            raise AvatardError("toy: I do not do that")
+        self.models.append(InVirtualTime(reference, *self.how))
+        return self.models[-1]
+
+    @property
+    def now(self) -> float:
+        """Seconds on air: frame i is due at i / 25."""
+        return self.loop.time() - self.session._pacer.due(0)
+
+    async def until(self, moment: float) -> None:
+        await asyncio.sleep(moment - self.now)
+
+    async def say(self, sound: np.ndarray, chunk_s: float | None = None) -> None:
+        """Push 48 kHz sound: at once, or in chunks at the pace of a voice."""
+        size = len(sound) if chunk_s is None else round(chunk_s * 48_000)
+        for begin in range(0, len(sound), max(size, 1)):
+            await self.source.push(AudioChunk(sound[begin : begin + size].astype(np.float32), 48_000))
+            if chunk_s is not None:
+                await asyncio.sleep(chunk_s)
+
+    async def run(self, show: Callable[[OnAir], Coroutine[Any, Any, None]] | None) -> LiveStatus:
+        on_air = asyncio.create_task(self.session.run(self.stop))
+        while not any(what == "on air" for _, what in self.changes) and not on_air.done():
+            await asyncio.sleep(0.01)
+        if show is not None and not on_air.done():
+            try:
+                await show(self)
+            finally:
+                self.stop.set()
+        return await on_air
+
+
+def file_lane(path: Path, clock: Callable[[], float]) -> Lane:
+    return Lane(lambda: FileSink(path), policy=LanePolicy.FILE_IN_LIVE, want_keyframe=lambda: None, clock=clock)
+
+
+def broadcast(
+    folder: Path, show: Callable[[OnAir], Coroutine[Any, Any, None]] | None, **how: Any
+) -> tuple[Mp4, LiveStatus, OnAir]:
+    """Run a show; give what was recorded, how the session ended, and who ran it."""
+
+    async def run() -> tuple[LiveStatus, OnAir]:
+        air = OnAir(folder, **how)
+        return await air.run(show), air
+
+    status, air = run_virtual(run())
+    return read_mp4(air.path), status, air
+
+
+def voice(seconds: float) -> np.ndarray:
+    """Loud enough to brighten the toy's picture, too quiet to flash."""
+    return 0.4 * np.sign(np.sin(2 * np.pi * 200 * np.arange(round(seconds * 48_000)) / 48_000)).astype(np.float32)
+
+
+def loudness(file: Mp4) -> np.ndarray:
+    """Peak of the sound under each frame."""
+    count = len(file.sound) // 1920
+    return np.abs(file.sound[: count * 1920, 0]).reshape(count, 1920).max(1)
+
+
+def test_with_no_sound_it_idles_and_holds_no_frame(tmp_path):
+    async def show(air):
+        await air.until(10.0)
+
+    file, status, _ = broadcast(tmp_path, show)
+    assert status.held == status.skipped == status.slips == 0
+    assert file.frames == status.frames == pytest.approx(250, abs=1)
+    assert file.times == pytest.approx([i / 25 for i in range(file.frames)])
+    assert file.sound_s == pytest.approx(file.frames / 25, abs=0.03)
+    assert (file.brightness > 20).all(), "a black frame"
+
+
+@pytest.mark.parametrize("chunk_s", [None, 0.02, 0.333], ids=["one burst", "20 ms chunks", "333 ms chunks"])
+def test_a_flash_is_seen_when_its_click_is_heard(tmp_path, chunk_s):
+    async def show(air):
+        await air.until(1.1)
+        await air.say(clicks_at([0.0, 1.3, 2.0, 3.9], 4.0, 48_000), chunk_s)
+        await air.until(8.0)
+
+    file, status, _ = broadcast(tmp_path, show)
+    assert len(file.clicks()) == len(file.flashes()) == 4
+    for flash, click in zip(file.flashes(), file.clicks()):
+        assert -0.005 <= click - flash <= 0.045
+    assert np.diff(file.clicks()) == pytest.approx([1.3, 0.7, 1.9], abs=0.002), "a hole in the voice"
+    assert status.held == 0
+    assert status.skew_s == pytest.approx(0, abs=1e-6)
+
+
+def test_speech_begins_within_a_block_and_what_a_block_takes(tmp_path):
+    said: list[float] = []
+
+    async def show(air):
+        for number in range(30):
+            await air.until(2.0 * number + 2 + 0.037 * number)
+            said.append(air.now)
+            await air.say(clicks_at([0.0], 0.3, 48_000))
+        await air.until(63.0)
+
+    file, _, _ = broadcast(tmp_path, show)
+    delays = np.array(file.flashes()) - np.array(said)
+    assert delays.max() <= BLOCK_S + 0.25
+    assert delays.min() > 0
+
+
+def test_a_voice_in_real_time_is_late_by_no_more_than_a_block_and_what_a_block_takes(tmp_path):
+    async def show(air):
+        await air.until(2.2)
+        await air.say(clicks_at([0.5, 3.0], 4.0, 48_000), 0.02)
+        await air.until(9.0)
+
+    file, _, _ = broadcast(tmp_path, show)
+    for click, said in zip(file.clicks(), (2.7, 5.2), strict=True):
+        assert 0 < click - said <= BLOCK_S + 0.36
+
+
+def test_a_model_that_is_too_slow_is_told_of_and_never_delays_the_sound(tmp_path, caplog):
+    async def show(air):
+        await air.until(1.0)
+        await air.say(clicks_at(np.arange(0.0, 20.0, 0.4), 20.0, 48_000))
+        await air.until(24.0)
+
+    with caplog.at_level(logging.WARNING):
+        file, status, air = broadcast(tmp_path, show, step_s=0.7)
+    assert "too slow to be live: a block takes the model 700 ms of the 480 ms it lasts" in caplog.text
+    assert [what for _, what in air.changes].index("too slow") < [what for _, what in air.changes].index("on air")
+    assert status.load == pytest.approx(0.7 / BLOCK_S, rel=0.01)
+    assert file.frames == pytest.approx(600, abs=2)
+    assert np.diff(file.clicks()) == pytest.approx(0.4, abs=0.002)
+    assert status.held > 100
+    assert status.skipped > 10
+    # what is shown is shown in time: no flash without its click
+    assert len(file.flashes()) > 8
+    for flash in file.flashes():
+        assert min(abs(click - flash) for click in file.clicks()) <= 0.041
+
+
+def test_a_hiccup_of_the_model_holds_the_picture_and_leaves_no_delay(tmp_path):
+    async def show(air):
+        await air.until(1.0)
+        await air.say(clicks_at([0.2, 9.0], 10.0, 48_000))
+        await air.until(13.0)
+
+    file, status, _ = broadcast(tmp_path, show, times={10: 3.0})
+    assert 40 < status.held < 90
+    assert status.skipped >= 4
+    assert len(file.clicks()) == len(file.flashes()) == 2
+    assert np.diff(file.clicks()) == pytest.approx(8.8, abs=0.002)
+    assert abs(file.flashes()[1] - file.clicks()[1]) <= 0.041
+
+
+def test_an_interruption_silences_at_once_and_tells_what_was_heard(tmp_path):
+    heard = []
+
+    async def show(air):
+        await air.until(1.0)
+        await air.say(voice(10.0))
+        while not air.session.status.speaking:
+            await asyncio.sleep(0.01)
+        began = air.now
+        await asyncio.sleep(2.0)
+        heard.append((air.now - began, air.session.interrupt(), air.now))
+        await air.until(8.0)
+
+    file, _, _ = broadcast(tmp_path, show)
+    played, told, at = heard[0]
+    assert told.played_s == pytest.approx(played, abs=0.05)
+    assert told.played_s + told.dropped_s == pytest.approx(10.0, abs=0.002)
+    loud = np.flatnonzero(loudness(file) > 0.2)
+    assert loud[-1] / 25 <= at + 0.08, "the voice goes on"
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.06, 0.12, 0.18, 0.24, 0.3, 0.36, 0.42])
+def test_after_an_interruption_the_model_hears_silence_within_a_block_and_what_a_block_takes(tmp_path, phase):
+    """The toy grows darker from the first frame that it makes of silence."""
+    at = []
+
+    async def show(air):
+        await air.until(1.0)
+        await air.say(voice(10.0))
+        await air.until(4.8 + phase)
+        at.append(air.now)
+        air.session.interrupt()
+        await air.until(9.0)
+
+    file, status, air = broadcast(tmp_path, show)
+    bright = file.brightness
+    after = round(at[0] * 25)
+    darker = next(i for i in range(after, file.frames) if bright[i] < bright[after] - 2)
+    assert darker / 25 - at[0] <= BLOCK_S + 0.25
+    assert status.held <= 8
+    assert len(air.models) == 1
+
+
+def test_a_storm_of_interruptions_does_no_harm(tmp_path):
+    async def show(air):
+        for number in range(100):
+            await air.until(1.0 + 0.1 * number)
+            await air.say(voice(0.5))
+            air.session.interrupt()
+        await air.until(13.0)
+        await air.say(clicks_at([0.1, 1.5], 2.0, 48_000))
+        await air.until(18.0)
+
+    file, status, air = broadcast(tmp_path, show)
+    assert status.interruptions == 100
+    assert file.frames == pytest.approx(450, abs=2)
+    assert len(file.clicks()) == len(file.flashes()) == 2
+    for flash, click in zip(file.flashes(), file.clicks()):
+        assert -0.005 <= click - flash <= 0.045
+    assert len(air.models) == 1
+
+
+def test_an_interruption_of_silence_remakes_nothing(tmp_path):
+    async def show(air):
+        await air.until(2.0)
+        steps = air.models[0].blocks
+        for _ in range(20):
+            told = air.session.interrupt()
+            assert told.dropped_s == 0
+            await asyncio.sleep(0.01)
+        assert air.models[0].blocks - steps <= 1
+        await air.until(3.0)
+
+    _, status, _ = broadcast(tmp_path, show)
+    assert status.held == 0
+
+
+def test_another_picture_comes_at_the_border_of_a_block_and_the_old_model_is_closed(tmp_path):
+    async def show(air):
+        await air.until(3.0)
+        await air.session.set(BRIGHT)
+        await air.until(6.0)
+
+    file, status, air = broadcast(tmp_path, show)
+    change = int(np.argmax(np.diff(file.brightness))) + 1
+    assert file.brightness[change] > file.brightness[change - 1] + 15
+    assert change % 12 == 0
+    assert 3.0 <= change / 25 <= 3.0 + 2 * BLOCK_S + 0.25
+    assert [model.closed for model in air.models[:-1]] == [True]
+    assert status.held == 0
+
+
+def test_a_picture_that_the_model_refuses_changes_nothing(tmp_path):
+    async def show(air):
+        await air.until(2.0)
+        with pytest.raises(AvatardError, match="I do not do that"):
+            await air.session.set(Reference(BRIGHT.image, "refused"))
+        await air.until(4.0)
+
+    file, _, air = broadcast(tmp_path, show)
+    assert file.brightness.max() - file.brightness.min() < 5
+    assert len(air.models) == 1
+
+
+def test_a_model_that_fails_once_begins_anew_and_the_show_goes_on(tmp_path, caplog):
+    async def show(air):
+        await air.until(2.0)
+        air.models[0].failures.add(air.models[0].blocks)
+        await air.until(4.0)
+        air.models[-1].failures.clear()
+        await air.say(clicks_at([0.1], 1.0, 48_000))
+        await air.until(7.0)
+
+    file, _, air = broadcast(tmp_path, show)
+    assert len(air.models) == 2
+    assert "is not to my taste; begins anew from the picture" in caplog.text
+    assert file.frames == pytest.approx(175, abs=2)
+    assert len(file.flashes()) == 1
+
+
+def test_a_model_that_fails_again_and_again_ends_the_session_and_the_file_is_kept(tmp_path):
+    async def show(air):
+        await air.until(1.0)
+        for model in air.models:
+            model.failures |= set(range(100))
+        await air.until(9.0)
+
+    with pytest.raises(AvatardError, match="is not to my taste"):
+        broadcast(tmp_path, show)
+    assert read_mp4(tmp_path / "live.part.mp4").frames >= 20
+
+
+def test_the_end_of_the_sound_ends_the_session_when_all_was_heard(tmp_path):
+    async def end_of_sound(air):
+        await air.say(clicks_at([0.1, 2.9], 3.0, 48_000))
+        air.source.close()
+        await asyncio.sleep(60)
+
+    async def run():
+        air = OnAir(tmp_path)
+        task = asyncio.create_task(end_of_sound(air))
+        status = await air.run(None)
+        task.cancel()
+        return status
+
+    status = run_virtual(run())
+    file = read_mp4(tmp_path / "live.mp4")
+    assert len(file.clicks()) == len(file.flashes()) == 2
+    assert 3.0 <= file.frames / 25 <= 3.0 + 2 * BLOCK_S
+    assert status.frames == file.frames
+
+
+def test_asked_to_stay_it_idles_when_the_sound_has_ended(tmp_path):
+    async def show(air):
+        await air.say(clicks_at([0.1], 1.0, 48_000))
+        air.source.close()
+        await air.until(5.0)
+
+    file, _, _ = broadcast(tmp_path, show, settings=LiveSettings(stay=True))
+    assert file.frames == pytest.approx(125, abs=1)
+
+
+def test_a_file_is_made_ahead_so_that_a_hiccup_holds_nothing(tmp_path):
+    async def show(air):
+        feeding = asyncio.create_task(air.say(clicks_at(np.arange(0.5, 20.0, 1.0), 20.0, 48_000), 0.48))
+        for _ in range(3):
+            feeding.cancel()
+        sound = clicks_at(np.arange(0.5, 20.0, 1.0), 20.0, 48_000)
+        await air.say(sound)
+        await air.until(22.0)
+
+    file, status, _ = broadcast(tmp_path, show, settings=LiveSettings(lead_s=3.0), times={12: 2.0})
+    assert status.held == 0
+    assert len(file.clicks()) == len(file.flashes()) == 20
+
+
+def test_after_the_process_stood_still_the_clock_begins_anew(tmp_path):
+    async def show(air):
+        await air.until(2.0)
+        air.loop.now += 30.0
+        await asyncio.sleep(3.0)
+        await air.say(clicks_at([0.1], 1.0, 48_000))
+        await asyncio.sleep(4.0)
+
+    file, status, _ = broadcast(tmp_path, show)
+    assert status.slips >= 1
+    assert file.frames < 300
+    assert abs(file.flashes()[0] - file.clicks()[0]) <= 0.041
+
+
+def test_the_last_output_that_fails_ends_the_session(tmp_path):
+    class Full(FileSink):
+        async def write(self, packets):
+            raise SinkError("live.mp4: no space left on device")
+
+    async def run():
+        air = OnAir(tmp_path)
+        lane = Lane(
+            lambda: Full(tmp_path / "full.mp4"),
+            policy=LanePolicy.FILE_IN_LIVE,
+            want_keyframe=lambda: None,
+            clock=air.loop.time,
+        )
+        air.session._lanes[:] = [lane]
+        await air.run(lambda air: air.until(10.0))
+
+    with pytest.raises(SinkError, match="no space left"):
+        run_virtual(run())
+
+
+def test_outputs_come_and_go_while_it_is_on_air(tmp_path):
+    async def show(air):
+        await air.until(2.0)
+        lane = file_lane(tmp_path / "second.mp4", air.loop.time)
+        air.session.add_output(lane)
+        await air.until(4.0)
+        air.session.remove_output(lane.name)
+        with pytest.raises(KeyError):
+            air.session.remove_output("nobody")
+        await air.until(6.0)
+
+    file, _, _ = broadcast(tmp_path, show)
+    assert file.frames == pytest.approx(150, abs=1)
+    assert read_mp4(tmp_path / "second.mp4").frames == pytest.approx(50, abs=4)
+
+
+def sink(path: Path) -> Sink:
+    return FileSink(path)
