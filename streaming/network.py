@@ -33,7 +33,7 @@ from audio.urls import blanked, redacted
 from streaming.muxer import FLV, MPEGTS, ByteBuffer, Muxer, length_s
 from streaming.sink import SinkError, TargetAbsent, TargetRefused, reason
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CONTAINERS = {"rtmp": ("flv", FLV), "rtmps": ("flv", FLV), "srt": ("mpegts", MPEGTS)}
 
@@ -163,7 +163,7 @@ class NetworkSink:
                 async with asyncio.timeout(self._limits.close_s):
                     await self._process.wait()
         except TimeoutError:
-            log.debug("%s: no goodbye in %g s", self.name, self._limits.close_s)
+            logger.debug("%s: no goodbye in %g s", self.name, self._limits.close_s)
         finally:
             await self._end()
 
@@ -249,7 +249,8 @@ class NetworkSink:
         """What the process's last report means. FFmpeg says most of it in its log only."""
         said = blanked("; ".join(log), self._url)
         if trace:
-            return SinkError(f"{self.name}: the publishing process failed ({kind})\n{blanked(trace, self._url)}")
+            logger.error("%s: a bug ended the publishing process\n%s", self.name, blanked(trace, self._url))
+            return SinkError(f"{self.name}: the publishing process failed ({kind})")
         if self._state == "connected":
             return SinkError(f"{self.name}: connection lost ({blanked(why, self._url)})")
         if kind == "ConnectionRefusedError":

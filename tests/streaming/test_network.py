@@ -336,7 +336,7 @@ async def test_rtmp_keeps_the_contract_of_sinks(nginx):
 async def test_a_stream_is_h264_and_aac_with_its_tags_and_a_keyframe_first(nginx):
     async with Air(nginx.url("plain")) as air:
         await air.on_air()
-        await asyncio.sleep(3.0)
+        await asyncio.sleep(2.0)
         assert air.lane.status.dropped_frames < 25
         assert air.lane.backlog_s < 0.3
     recording = nginx.recordings("plain")[0]
@@ -345,7 +345,7 @@ async def test_a_stream_is_h264_and_aac_with_its_tags_and_a_keyframe_first(nginx
     assert min(pictures[0], sound[0]) == 0
     assert np.diff(pictures) == pytest.approx(0.04, abs=0.0011)
     assert np.all(np.diff(sound) > 0)
-    assert len(pictures) >= 60
+    assert len(pictures) >= 40
     probe = [str(find_program("ffprobe")), "-v", "error", "-show_entries", "stream=codec_name:format_tags", recording]
     shown = (await asyncio.to_thread(subprocess.run, probe, capture_output=True, text=True, check=True)).stdout
     assert "codec_name=h264" in shown
@@ -488,7 +488,7 @@ async def test_flapping_leaves_no_process_thread_or_descriptor_behind(nginx):
     async with Air(nginx.url("flap"), policy=replace(QUICK, aired_s=0.0)) as air:
         await air.on_air()
         before = len(os.listdir("/proc/self/fd")), threading.active_count()
-        for number in range(2, 8):
+        for number in range(2, 5):
             await asyncio.to_thread(nginx.kill)
             await air.until(lambda status: status.state == "waiting")
             await asyncio.to_thread(nginx.start)
@@ -571,7 +571,7 @@ async def test_a_way_that_is_too_narrow_costs_frames_and_nothing_else(nginx):
             await air.on_air()
             line.cap(50_000)
             worst_s = 0.0
-            for _ in range(50):
+            for _ in range(40):
                 await asyncio.sleep(0.1)
                 worst_s = max(worst_s, air.lane.backlog_s)
             status = air.lane.status
@@ -580,7 +580,7 @@ async def test_a_way_that_is_too_narrow_costs_frames_and_nothing_else(nginx):
             assert status.reconnects == 0
             assert status.dropped_frames > 50
             line.cap(None)
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(1.5)
             assert air.lane.status.state == "sending"
             assert air.lane.backlog_s < 0.4
     pictures, _, keys = read_flv(nginx.recordings("narrow")[0])
