@@ -87,8 +87,14 @@ class OnAir:
             [self.lane],
             settings=settings,
             clock=self.loop.time,
-            on_change=lambda what: self.changes.append((self.loop.time(), what)),
+            on_change=self.note,
         )
+        self.happened = {what: asyncio.Event() for what in ("on air", "speaking")}
+
+    def note(self, what: str) -> None:
+        self.changes.append((self.loop.time(), what))
+        if what in self.happened:
+            self.happened[what].set()
 
     async def open_model(self, reference: Reference) -> InVirtualTime:
         if reference.prompt == "refused":
@@ -114,8 +120,9 @@ class OnAir:
 
     async def run(self, show: Callable[[OnAir], Coroutine[Any, Any, None]] | None) -> LiveStatus:
         on_air = asyncio.create_task(self.session.run(self.stop))
-        while not any(what == "on air" for _, what in self.changes) and not on_air.done():
-            await asyncio.sleep(0.01)
+        begun = asyncio.create_task(self.happened["on air"].wait())
+        await asyncio.wait({on_air, begun}, return_when=asyncio.FIRST_COMPLETED)
+        begun.cancel()
         if show is not None and not on_air.done():
             try:
                 await show(self)
@@ -248,8 +255,7 @@ def test_an_interruption_silences_at_once_and_tells_what_was_heard(tmp_path):
     async def show(air):
         await air.until(1.0)
         await air.say(voice(10.0))
-        while not air.session.status.speaking:
-            await asyncio.sleep(0.01)
+        await air.happened["speaking"].wait()
         began = air.now
         await asyncio.sleep(2.0)
         heard.append((air.now - began, air.session.interrupt(), air.now))
