@@ -195,6 +195,7 @@ class LiveSession:
             self._source.abandon()
             for lane in self._lanes:
                 lane.close(complete=False)
+            await asyncio.gather(*(lane.wait_closed() for lane in self._lanes), return_exceptions=True)
 
     @property
     def status(self) -> LiveStatus:
