@@ -150,9 +150,9 @@ def rotate(
     """Queries or keys as attention wants them: RMS norm over the whole width, then `avatar.attention.apply_rope`.
 
     Args:
-        x: bfloat16 [N, D], rows perhaps apart (a part of a wider product).
+        x: bfloat16 [N, D].
         table: float32 [N, dim / 2, 2]; None: nothing is turned.
-        weight: [D], of the norm; None: x is normed already, or is to stay as it is.
+        weight: [D], of the norm; None: x is normed already.
         out: [N, heads, dim] in any layout whose last side is dense, bfloat16 or e4m3; a new [N, D] without it.
     Returns: out.
     """
@@ -163,7 +163,6 @@ def rotate(
         weight,
         table,
         there,
-        x.stride(0),
         there.stride(0),
         there.stride(1),
         eps,
@@ -178,32 +177,95 @@ def rotate(
 
 @triton.jit
 def _rotate(  # type: ignore[no-untyped-def]
-    x, weight, table, out, x_stride, out_stride, head_stride, eps,
+    x, weight, table, out, out_stride, head_stride, eps,
     dim: tl.constexpr, head_dim: tl.constexpr, pairs: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < dim
-    r = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    r = tl.load(x + row * dim + column, mask=inside, other=0.0).to(tl.float32)
     if weight is not None:
-        r = r * tl.rsqrt(tl.sum(r * r) / dim + eps)
-        r = r * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        r = r * tl.rsqrt(tl.sum(r * r) / dim + eps) * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if table is not None:
-        a, b = tl.split(tl.reshape(r, [block // 2, 2]))
-        pair = tl.arange(0, block // 2) % pairs
-        cosine = tl.load(table + (row * pairs + pair) * 2)
-        sine = tl.load(table + (row * pairs + pair) * 2 + 1)
-        r = tl.reshape(tl.join(a * cosine - b * sine, a * sine + b * cosine), [block])
+        r = _turn(r, table + row * pairs * 2, pairs, block)
     there = row * out_stride + (column // head_dim) * head_stride + column % head_dim
     tl.store(out + there, r.to(out.dtype.element_ty), mask=inside)
 
 
-def store_values(x: Tensor, out: Tensor) -> None:
-    """Values x [N, D], rows perhaps apart, into out [N, heads, dim] whose tokens lie next to each other, in place."""
-    rows, (_, heads, head_dim) = len(x), out.shape
-    _store_values[(triton.cdiv(rows, 64), heads)](
-        x, out, rows, x.stride(0), out.stride(1), out.stride(2), head_dim, triton.next_power_of_2(head_dim), num_warps=4
+@triton.jit
+def _turn(r, table, pairs: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    a, b = tl.split(tl.reshape(r, [block // 2, 2]))
+    pair = tl.arange(0, block // 2) % pairs
+    cosine, sine = tl.load(table + 2 * pair), tl.load(table + 2 * pair + 1)
+    return tl.reshape(tl.join(a * cosine - b * sine, a * sine + b * cosine), [block])
+
+
+def split_heads(
+    qkv: Tensor, table: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, q: Tensor, k: Tensor, v: Tensor
+) -> None:
+    """Queries, keys and values out of their joint product, queries and keys as by `rotate`; into q, k and v, in place.
+
+    Args:
+        qkv: bfloat16 [N, 3 D]; table: float32 [N, dim / 2, 2]; q_weight, k_weight: [D].
+        q, k, v: [N, heads, dim], of one type, bfloat16 or e4m3; the last side of q and k is dense. That of v is, or
+            else its tokens lie side by side.
+    """
+    rows, heads, head_dim = q.shape
+    together = v.stride(2) == 1
+    _split_heads[(rows, 3 if together else 2)](
+        qkv,
+        q_weight,
+        k_weight,
+        table,
+        q,
+        k,
+        v,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        eps,
+        heads * head_dim,
+        head_dim,
+        triton.next_power_of_2(heads * head_dim),
+        num_warps=8,
     )
+    if not together:
+        _store_values[(triton.cdiv(rows, 64), heads)](
+            qkv[:, 2 * heads * head_dim :],
+            v,
+            rows,
+            qkv.stride(0),
+            v.stride(1),
+            v.stride(2),
+            head_dim,
+            triton.next_power_of_2(head_dim),
+            num_warps=4,
+        )
+
+
+@triton.jit
+def _split_heads(  # type: ignore[no-untyped-def]
+    qkv, q_weight, k_weight, table, q, k, v, q_stride, q_head_stride, stride, head_stride, eps,
+    dim: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    column = tl.arange(0, block)
+    inside = column < dim
+    r = tl.load(qkv + (row * 3 + part) * dim + column, mask=inside, other=0.0).to(tl.float32)
+    head, channel = column // head_dim, column % head_dim
+    if part == 2:
+        tl.store(v + row * stride + head * head_stride + channel, r.to(v.dtype.element_ty), mask=inside)
+    else:
+        r = r * tl.rsqrt(tl.sum(r * r) / dim + eps)
+        weight = q_weight if part == 0 else k_weight
+        r = r * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        r = _turn(r, table + row * head_dim, head_dim // 2, block)
+        if part == 0:
+            tl.store(q + row * q_stride + head * q_head_stride + channel, r.to(q.dtype.element_ty), mask=inside)
+        else:
+            tl.store(k + row * stride + head * head_stride + channel, r.to(k.dtype.element_ty), mask=inside)
 
 
 @triton.jit

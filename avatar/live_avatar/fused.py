@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from avatar.attention import attention
 from avatar.cache import Conditioning, KVCache
-from avatar.kernels import Norm, Rounded, gelu, residual_norm, rotate, store_values
+from avatar.kernels import Norm, Rounded, gelu, residual_norm, rotate, split_heads
 from avatar.live_avatar.dit import Attention, Block, CausalDiT, Injection, TextKV
 from avatar.quantize import Float8Linear
 
@@ -56,67 +56,73 @@ class FusedStep:
         if cache.reference_position != reference_position:
             self.move_reference(cache, conditioning, reference_position)
         modulations = (self.modulations + e0)[:, :, None]
-        stream = dit.embed(x, pose)[0]
         start = f0 * rows * columns
+        x = dit.embed(x, pose)[0]
+        _, h = residual_norm(x, norm=self.first_norm(0, modulations), float8=self.float8)
         for i, block in enumerate(dit.blocks):
-            stream = self.block(i, block, stream, modulations[i], rope, cache, start, text[i] if text else None)
-            if i in dit.injector_of_block:
-                j = dit.injector_of_block[i]
-                if mask is None:
-                    stream = self.inject(dit.audio_injector.injector[j], stream, audio[j])
-                else:
-                    stream = dit.add_audio(j, stream[None], audio[j], mask)[0]
-        return dit.head(stream[None], e, rows, columns)
+            following = self.first_norm(i + 1, modulations)
+            rounds = self.float8 and following is not None
+            r, y, gate = self.block(i, block, x, h, modulations[i], rope, cache, start, text[i] if text else None)
+            if i not in dit.injector_of_block:
+                x, h = residual_norm(r, y, gate, x.dtype, following, rounds)
+                continue
+            j = dit.injector_of_block[i]
+            if mask is None:
+                norm = Norm(audio[j].scale[0, :, 0], audio[j].shift[0, :, 0], 1e-5, unit=False)
+                x, h = residual_norm(r, y, gate, x.dtype, norm, self.float8)
+                y = self.cross(dit.audio_injector.injector[j], h, audio[j].k, audio[j].v)
+                x, h = residual_norm(x, y, None, x.dtype, following, rounds)
+            else:
+                x, _ = residual_norm(r, y, gate, x.dtype)
+                x = dit.add_audio(j, x[None], audio[j], mask)[0]
+                _, h = residual_norm(x, norm=following, float8=rounds)
+        return dit.head(x[None], e, rows, columns)
+
+    def first_norm(self, i: int, modulations: Tensor) -> Norm | None:
+        """What block i begins with; None: there is no such block."""
+        if i == len(self.dit.blocks):
+            return None
+        return Norm(modulations[i, 1], modulations[i, 0], self.dit.blocks[i].eps, unit=True)
 
     def block(
         self,
         i: int,
         block: Block,
         x: Tensor,
+        h: Tensor | Rounded,
         modulation: Tensor,
         rope: Tensor,
         cache: KVCache,
         start: int,
         text: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """x: [N, D] -> [N, D]; modulation: [6, 1, D]."""
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
-        own, eps = block.self_attn, block.eps
-        tokens, dim = x.shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [N, D] as it came in; h: x normed; modulation: [6, 1, D].
 
-        _, h = residual_norm(x, norm=Norm(scale_sa, shift_sa, eps, unit=True), float8=self.float8)
-        q, k, v = product(self.qkv[i], h).split(dim, dim=1)
-        key_slot, value_slot = cache.slots(i, start, tokens)
-        q = rotate(
-            q, rope, own.norm_q.weight, eps, torch.empty_like(key_slot[0], memory_format=torch.contiguous_format)
+        Returns: r, y, gate: the block's result is r + gate * y; the sum is made together with the norm that follows.
+        """
+        _, _, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
+        own, eps, tokens = block.self_attn, block.eps, len(x)
+        k, v = cache.slots(i, start, tokens)
+        q = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        split_heads(
+            product(self.qkv[i], h), rope, own.norm_q.weight, own.norm_k.weight, own.norm_q.eps, q[0], k[0], v[0]
         )
-        rotate(k, rope, own.norm_k.weight, eps, key_slot[0])
-        lay(v, value_slot[0])
-        attended = attention(q[None], *cache.window(i, start, tokens))
-        y = product(own.o, self.rounded(attended))
+        y = product(own.o, self.rounded(attention(q, *cache.window(i, start, tokens))))
 
+        norm = Norm(scale_ffn, shift_ffn, eps, unit=True)
         if text is None:
-            norm = Norm(scale_ffn, shift_ffn, eps, unit=True)
             r, h = residual_norm(x, y, gate_sa, torch.float32, norm, self.float8)
         else:
-            norm = Norm(block.norm3.weight[None], block.norm3.bias[None], eps, unit=False)
-            r, c = residual_norm(x, y, gate_sa, torch.float32, norm, self.float8)
-            y = self.cross(block.cross_attn, c, *text)
-            r, h = residual_norm(r, y, None, torch.float32, Norm(scale_ffn, shift_ffn, eps, unit=True), self.float8)
-        y = product(block.ffn[2], gelu(product(block.ffn[0], h), self.float8))
-        return residual_norm(r, y, gate_ffn, x.dtype)[0]
+            text_norm = Norm(block.norm3.weight[None], block.norm3.bias[None], eps, unit=False)
+            r, h = residual_norm(x, y, gate_sa, torch.float32, text_norm, self.float8)
+            r, h = residual_norm(r, self.cross(block.cross_attn, h, *text), None, torch.float32, norm, self.float8)
+        return r, product(block.ffn[2], gelu(product(block.ffn[0], h), self.float8)), gate_ffn
 
     def cross(self, layer: Attention, h: Tensor | Rounded, k: Tensor, v: Tensor) -> Tensor:
         """h: the normed rows [batch * N, D]; k, v: [batch, M, heads, dim]."""
         q = rotate(product(layer.q, h), None, layer.norm_q.weight, layer.norm_q.eps)
         attended = attention(q.view(len(k), -1, *k.shape[2:]), k, v)
         return product(layer.o, self.rounded(attended))
-
-    def inject(self, layer: Attention, x: Tensor, injection: Injection) -> Tensor:
-        """x with one actor's audio. injection: of all frames."""
-        norm = Norm(injection.scale[0, :, 0], injection.shift[0, :, 0], 1e-5, unit=False)
-        _, h = residual_norm(x, norm=norm, float8=self.float8)
-        return residual_norm(x, self.cross(layer, h, injection.k, injection.v), None, x.dtype)[0]
 
     def rounded(self, attended: Tensor) -> Tensor | Rounded:
         """attended: [batch, N, heads, dim] -> rows, ready for a product."""
@@ -136,14 +142,6 @@ class FusedStep:
 def product(layer: nn.Module, x: Tensor | Rounded) -> Tensor:
     """A linear layer of rows, 8-bit or not."""
     return layer.product(*x) if isinstance(x, Rounded) else F.linear(x, layer.weight, layer.bias)
-
-
-def lay(v: Tensor, slot: Tensor) -> None:
-    """Values [N, D] into their place in a ring, [N, heads, dim] with channels or with tokens side by side."""
-    if slot.stride(2) == 1:
-        rotate(v, None, out=slot)
-    else:
-        store_values(v, slot)
 
 
 def join(layers: Sequence[nn.Module]) -> nn.Module:
