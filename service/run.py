@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from audio.decode import SoundFile
+    from streaming.lane import Lane
     from streaming.session import Progress, SessionResult
-    from streaming.sinks import Sink
 
 R = TypeVar("R")
 
@@ -117,12 +117,11 @@ class _Run:
         from avatar.picture import cover
         from streaming.encoder import EncoderSettings
         from streaming.session import run_session
-        from streaming.sinks import open_sink
 
         settings, request = self._settings, self._request
-        sinks = [open_sink(target, request.overwrite) for target in request.targets]
+        lanes = [file_lane(target, request.overwrite) for target in request.targets]
         try:
-            image, sound = await or_stop(self._stop, self._open(sinks))
+            image, sound = await or_stop(self._stop, self._open(lanes))
             spec = await or_stop(self._stop, engine.ready())
             picture = await asyncio.to_thread(cover, image, spec.width, spec.height)
             reference = Reference(picture, settings.model.prompt, settings.model.seed)
@@ -134,16 +133,16 @@ class _Run:
                     FileSource(sound, spec.sample_rate),
                     original,
                     session,
-                    sinks,
+                    lanes,
                     encoder_settings=EncoderSettings(**settings.encoder.model_dump()),
-                    metadata=metadata(settings, sinks[0].name),
+                    metadata=metadata(settings, lanes[0].name),
                     on_progress=self._watcher.advanced,
                     stop=self._stop,
                     clock=self._clock,
                 )
         except Exception as error:
-            await _close(sinks)
-            untold = [path for path in _outputs(sinks) if path not in str(error)]
+            await _close(lanes)
+            untold = [path for path in _outputs(lanes) if path not in str(error)]
             if not untold:
                 raise
             kept = f"the video up to there is in {', '.join(untold)}"
@@ -152,14 +151,14 @@ class _Run:
             error.add_note(kept)
             raise
         finally:
-            await _close(sinks)
+            await _close(lanes)
         if result.stopped and not result.frames:
             raise Stopped
         warnings = [f"{request.audio}: {warning}" for warning in sound.report.warnings()]
         seconds = result.frames / spec.fps
         wall_s = self._clock() - self._began
         return RunResult(
-            outputs=_outputs(sinks),
+            outputs=_outputs(lanes),
             complete=not result.stopped,
             frames=result.frames,
             seconds=round(seconds, 3),
@@ -184,13 +183,13 @@ class _Run:
         since = result.first_frame_at if rest > 0 else self._began
         return (rest if rest > 0 else result.frames) / max(self._clock() - since, 1e-6)
 
-    async def _open(self, sinks: Sequence[Sink]) -> tuple[NDArray[np.uint8], SoundFile]:
+    async def _open(self, lanes: Sequence[Lane]) -> tuple[NDArray[np.uint8], SoundFile]:
         """The picture and the sound, with the targets tried, all at once; of failures the first in this order."""
         request = self._request
         image, sound, *targets = await asyncio.gather(
             asyncio.to_thread(read_image, request.image, self._settings),
             asyncio.to_thread(self._open_sound),
-            *(sink.open() for sink in sinks),
+            *(lane.open() for lane in lanes),
             # A thread cannot be left behind, so all of them end before the first failure is told.
             return_exceptions=True,
         )
@@ -207,15 +206,23 @@ class _Run:
         return open_sound(self._request.audio, self._settings.limits.audio_hours * 3600)
 
 
-async def _close(sinks: Sequence[Sink]) -> None:
+def file_lane(target: str, overwrite: bool) -> Lane:
+    """An output that is waited for. Raises: SinkError: a target of a kind that there is not."""
+    from streaming.lane import Lane, LanePolicy
+    from streaming.sinks import open_sink
+
+    return Lane(lambda: open_sink(target, overwrite), policy=LanePolicy.FILE, want_keyframe=lambda: None)
+
+
+async def _close(lanes: Sequence[Lane]) -> None:
     """Close what is open still, as incomplete; its failure would hide what led here."""
-    for sink in sinks:
-        with contextlib.suppress(AvatardError):
-            await sink.close(complete=False)
+    for lane in lanes:
+        lane.close(complete=False)
+    await asyncio.gather(*(lane.wait_closed() for lane in lanes), return_exceptions=True)
 
 
-def _outputs(sinks: Sequence[Sink]) -> list[str]:
-    return [str(sink.output) for sink in sinks if sink.output is not None]
+def _outputs(lanes: Sequence[Lane]) -> list[str]:
+    return [str(lane.output) for lane in lanes if lane.output is not None]
 
 
 def engine_settings(settings: Settings) -> EngineSettings:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,12 +20,12 @@ from audio.errors import AvatardError
 from avatar.model import FrameBlock, StreamSpec
 from streaming.channel import Channel, ChannelAbandoned, ChannelClosed
 from streaming.encoder import SOUND_RATE, Encoder, EncoderSettings
-from streaming.sinks import Sink, SinkError
+from streaming.lane import Lane
 
 log = logging.getLogger(__name__)
 
 BLOCKS_AHEAD = 2
-"""Blocks of sound cut but not generated yet, and blocks of packets a sink may be behind."""
+"""Blocks of sound cut but not generated yet."""
 
 
 class SpeechModel(Protocol):
@@ -71,7 +71,7 @@ async def run_session(
     chunks: AsyncIterable[AudioChunk],
     original: Original,
     model: SpeechModel,
-    sinks: Sequence[Sink],
+    lanes: Sequence[Lane],
     *,
     encoder_settings: EncoderSettings | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -79,32 +79,25 @@ async def run_session(
     stop: asyncio.Event | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> SessionResult:
-    """Speak `chunks` to their end into all sinks, which are open already, and close them.
+    """Speak `chunks` to their end into all outputs, which are open already, and close them.
 
     Args:
         chunks: mono sound at the model's sample rate.
         original: the same sound for the listener, read in the encoder's thread.
-        stop: when set, the session ends early: what is made so far is written, and the sinks are told that it is not
-            complete.
+        stop: when set, the session ends early: what is made so far is written, and the outputs are told that it is
+            not complete.
         clock: monotonic, in seconds.
 
     Generation of a block overlaps the encoding of the one before. Every queue is bounded, so memory does not grow with
     the length. An error travels behind the blocks made before it, so they still reach the file.
 
-    Raises: AvatardError or a bug's exception: what ended the sound, the model or the encoder, or all of the sinks.
-    A sink that fails while others go on is a warning.
+    Raises: AvatardError or a bug's exception: what ended the sound, the model or the encoder, or all of the outputs.
+    An output that fails while others go on is a warning.
     """
     session = _Session(
-        chunks, original, model, sinks, encoder_settings or EncoderSettings(), metadata or {}, on_progress, clock
+        chunks, original, model, lanes, encoder_settings or EncoderSettings(), metadata or {}, on_progress, clock
     )
     return await session.run(stop or asyncio.Event())
-
-
-@dataclass
-class _Lane:
-    sink: Sink
-    packets: Channel[list[Packet]] = field(default_factory=lambda: Channel(BLOCKS_AHEAD))
-    error: Exception | None = None
 
 
 class _Session:
@@ -113,7 +106,7 @@ class _Session:
         chunks: AsyncIterable[AudioChunk],
         original: Original,
         model: SpeechModel,
-        sinks: Sequence[Sink],
+        lanes: Sequence[Lane],
         encoder_settings: EncoderSettings,
         metadata: Mapping[str, str],
         on_progress: Callable[[Progress], None],
@@ -126,7 +119,8 @@ class _Session:
         self._samples_per_frame = SOUND_RATE // spec.fps
         self._blocks = Channel[AudioBlock](BLOCKS_AHEAD)
         self._rendered = Channel[FrameBlock](1)
-        self._lanes = [_Lane(sink) for sink in sinks]
+        self._lanes = list(lanes)
+        self._failures: list[Exception] = []
         self._result = SessionResult()
         self._error: Exception | None = None
         self._delivered = False
@@ -138,7 +132,9 @@ class _Session:
                 await self._run_tasks(stop)
             finally:
                 for lane in self._lanes:
-                    await _closed(lane)
+                    lane.close(complete=False)
+                # It may be the second failure of an output, which says no more than the first.
+                await asyncio.gather(*(lane.wait_closed() for lane in self._lanes), return_exceptions=True)
                 self._encoder_thread.submit(self._encoder.close)
         self._raise_errors()
         return self._result
@@ -150,7 +146,7 @@ class _Session:
                 tasks.create_task(self._generate(), name="generate"),
             ]
             watcher = tasks.create_task(self._watch(stop, makers), name="stop")
-            lanes = [tasks.create_task(self._write(lane), name=f"lane {lane.sink.name}") for lane in self._lanes]
+            lanes = [tasks.create_task(self._write(lane), name=f"lane {lane.name}") for lane in self._lanes]
             await tasks.create_task(self._deliver(), name="deliver")
             for task in makers:
                 task.cancel()  # after a failure a source may still be waited for, one that never speaks again
@@ -220,8 +216,9 @@ class _Session:
                 pass
             except Exception as error:
                 self._error = self._error or error
+        complete = self._error is None and not self._result.stopped and self._result.frames > 0
         for lane in self._lanes:
-            lane.packets.close()
+            lane.close(complete)
 
     def _encode(self, block: FrameBlock) -> list[Packet]:
         began = self._clock()
@@ -232,30 +229,20 @@ class _Session:
 
     async def _hand_out(self, packets: list[Packet]) -> None:
         """Give packets to every lane that still runs. Raises: ChannelAbandoned when none does."""
-        alive = 0
         for lane in self._lanes:
-            try:
-                await lane.packets.put(packets)
-                alive += 1
-            except ChannelAbandoned:
-                continue
-        if not alive:
+            await lane.put(packets)
+        if all(lane.status.failed for lane in self._lanes):
             raise ChannelAbandoned
 
-    async def _write(self, lane: _Lane) -> None:
-        """One sink's packets, in its own time. Its failure ends this lane alone."""
+    async def _write(self, lane: Lane) -> None:
+        """One output, in its own time. Its failure ends this lane alone."""
         try:
-            await lane.sink.start(self._encoder.streams, self._metadata)
-            async for packets in lane.packets:
-                await lane.sink.write(packets)
-            complete = self._error is None and not self._result.stopped and self._result.frames > 0
-            await lane.sink.close(complete)
+            await lane.run(self._encoder.streams, self._metadata)
         except Exception as error:
-            lane.error = error
-            lane.packets.abandon()
+            self._failures.append(error)
 
     def _raise_errors(self) -> None:
-        failed = [lane.error for lane in self._lanes if lane.error is not None]
+        failed = self._failures
         if self._error is not None:
             raise self._error
         if failed and len(failed) == len(self._lanes):
@@ -267,11 +254,3 @@ class _Session:
 
     async def _in_encoder(self, work: Callable[..., list[Packet]], *arguments: object) -> list[Packet]:
         return await asyncio.get_running_loop().run_in_executor(self._encoder_thread, work, *arguments)
-
-
-async def _closed(lane: _Lane) -> None:
-    """Close a sink that no lane closed, as incomplete; it may be the second failure of a sink, which says no more."""
-    try:
-        await lane.sink.close(complete=False)
-    except SinkError as error:
-        log.debug("%s", error)

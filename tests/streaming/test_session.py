@@ -18,8 +18,9 @@ from audio.errors import AvatardError
 from audio.source import FileSource
 from avatar.model import Reference
 from streaming.encoder import Encoder
+from streaming.lane import Lane, LanePolicy
 from streaming.session import run_session
-from streaming.sinks import FileSink, NullSink, SinkError
+from streaming.sinks import FileSink, NullSink, Sink, SinkError
 
 GREY = Reference(np.full((8, 8, 3), 120, np.uint8))
 
@@ -45,12 +46,19 @@ def model(**options) -> InThisProcess:
     return InThisProcess(ToyModel((64, 64), **options))
 
 
+async def opened(*sinks: Sink) -> list[Lane]:
+    """A lane for each sink, as for files."""
+    lanes = [Lane(lambda sink=sink: sink, policy=LanePolicy.FILE, want_keyframe=lambda: None) for sink in sinks]
+    for lane in lanes:
+        await lane.open()
+    return lanes
+
+
 async def speak(sound_path: Path, sinks, speaker=None, **options):
     sound = open_sound(sound_path)
-    for sink in sinks:
-        await sink.open()
+    lanes = await opened(*sinks)
     speaker = speaker or model()
-    return await run_session(FileSource(sound, 16_000), sound.original(), speaker, sinks, **options)
+    return await run_session(FileSource(sound, 16_000), sound.original(), speaker, lanes, **options)
 
 
 @pytest.fixture
@@ -143,10 +151,9 @@ async def test_blocks_cut_before_the_sound_fails_still_reach_the_file(tmp_path):
         raise AvatardError("speech.wav: can no longer be read")
 
     sink = FileSink(tmp_path / "out.mp4")
-    await sink.open()
     silence = SoundReader(iter([np.zeros((200_000, 1), np.float32)]), 48_000, 1)
     with pytest.raises(AvatardError, match="can no longer be read"):
-        await run_session(chunks(), silence, model(), [sink])
+        await run_session(chunks(), silence, model(), await opened(sink))
     assert read_mp4(sink.output).frames == 36
 
 
@@ -156,10 +163,9 @@ async def test_a_failure_ends_the_session_though_the_source_never_ends(tmp_path)
         await asyncio.Event().wait()
 
     sink = FileSink(tmp_path / "out.mp4")
-    await sink.open()
     silence = SoundReader(iter([np.zeros((200_000, 1), np.float32)]), 48_000, 1)
     with pytest.raises(RuntimeError, match="the toy broke"):
-        await asyncio.wait_for(run_session(chunks(), silence, model(fail_at=1), [sink]), 5)
+        await asyncio.wait_for(run_session(chunks(), silence, model(fail_at=1), await opened(sink)), 5)
     assert read_mp4(sink.output).frames == 12
 
 
@@ -169,9 +175,8 @@ async def test_no_sound_at_all_is_an_error_and_leaves_nothing(tmp_path):
         yield
 
     sink = FileSink(tmp_path / "out.mp4")
-    await sink.open()
     with pytest.raises(AvatardError, match="the sound is empty"):
-        await run_session(chunks(), SoundReader(iter(()), 48_000, 1), model(), [sink])
+        await run_session(chunks(), SoundReader(iter(()), 48_000, 1), model(), await opened(sink))
     assert list(tmp_path.iterdir()) == []
 
 
