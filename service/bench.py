@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -64,7 +65,25 @@ def speed(settings: Settings, image: Path, audio: Path, seconds: float) -> RunRe
     )
 
 
-def speed_lines(result: RunResult, frames_per_block: int = 12, fps: int = 25) -> list[str]:
+def stages(settings: Settings) -> dict[str, float]:
+    """Median milliseconds a block spends in each stage of the embedded model, alone in a process; {} for others."""
+    if settings.model.name != "pocket":
+        return {}
+    steps = [] if settings.model.steps is None else [f"--steps={settings.model.steps}"]
+    command = [sys.executable, "-P", "-m", "avatar.pocket.stages", *steps]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    found: dict[str, float] = json.loads(process.stdout)
+    return found
+
+
+def stage_lines(stages: Mapping[str, float]) -> list[str]:
+    """The stages of a block, each with its share."""
+    whole = sum(stages.values())
+    return [f"    {stage:<28}  {ms:8.1f} ms, {ms / whole:.0%}" for stage, ms in stages.items()]
+
+
+def speed_lines(result: RunResult, stages: Mapping[str, float], frames_per_block: int = 12, fps: int = 25) -> list[str]:
     """The result of `speed` for people, with each figure beside its limit."""
     blocks = max(1, -(-result.frames // frames_per_block))
     block_ms = 1000 * frames_per_block / fps
@@ -73,6 +92,7 @@ def speed_lines(result: RunResult, frames_per_block: int = 12, fps: int = 25) ->
         f"  command to first encoded block  {result.first_frame_s or 0:8.2f} s",
         f"  of that, loading the model      {result.load_s:8.2f} s",
         f"  model, each block               {1000 * result.model_s / blocks:8.1f} ms of {block_ms:.0f} ms",
+        *stage_lines(stages),
         f"  sound and encoder, each block   {1000 * result.encode_s / blocks:8.1f} ms (beside the model)",
         f"  frames after the first block    {result.fps:8.1f} fps, {result.fps / fps:.2f} x real time",
         f"  command to finished file        {result.wall_s:8.2f} s, {result.times_real_time:.2f} x real time",

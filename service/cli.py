@@ -318,7 +318,11 @@ def bench_speed(
     settings = load_settings(config, assignments or (), model__name=model)
     picture, sound = image or bench.example("presenter.png"), audio or bench.example("welcome.wav")
     result = bench.speed(settings, picture, sound, seconds)
-    print(json.dumps(vars(result)) if as_json else "\n".join(bench.speed_lines(result)))
+    stages = bench.stages(settings)
+    if as_json:
+        print(json.dumps({**vars(result), "stages_ms": stages}))
+    else:
+        print("\n".join(bench.speed_lines(result, stages)))
 
 
 @bench_app.command("memory")

@@ -18,6 +18,17 @@ def test_speed_prints_every_stage_beside_its_limit(place):
     assert "x real time" in process.stdout
 
 
+def test_the_stages_of_the_embedded_model_are_told_in_their_order():
+    from service.bench import stage_lines, stages
+    from service.config import load_settings
+
+    found = stages(load_settings())
+    assert list(found) == ["ear and drive", "transformer", "decoder", "to bytes"]
+    assert all(ms > 0 for ms in found.values())
+    assert "%" in stage_lines(found)[0]
+    assert stages(load_settings(assignments=["model.name=live-avatar-14b"])) == {}
+
+
 def test_memory_prints_a_curve_and_its_growth(place):
     model = place.run_command()[-1].removeprefix("--model=")
     options = ["--image", place.image, "--audio", place.audio, "--seconds", 12, "--every", 3]
