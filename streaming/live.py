@@ -116,9 +116,11 @@ class _Block:
     """One block of the programme: its sound since it was cut, its pictures since the model made them.
 
     number, model: which step of which model made it or is making it; None before, and when it was skipped.
+    heard: the sound that this step was given; the sound of the block may have been cut off since.
     """
 
     cut: LiveBlock
+    heard: AudioBlock | None = None
     pictures: NDArray[np.uint8] | None = None
     number: int | None = None
     model: LiveModel | None = None
@@ -165,7 +167,6 @@ class LiveSession:
         self._redo_from: int | None = None
         self._replacement: LiveModel | None = None
         self._source_ended = False
-        self._stopping = False
         self._ended = asyncio.Event()
         self._news = asyncio.Event()
         self._taken = asyncio.Event()
@@ -179,19 +180,22 @@ class LiveSession:
     async def run(self, stop: asyncio.Event) -> LiveStatus:
         """Warm up, go on air, and stay there until `stop` is set or the sound has ended.
 
-        Every output is finished and closed on the way out. Raises: AvatardError or a bug's exception: the model could
-        not be started, or failed again and again, or no output is left.
+        Stopped before it was on air it has sent no frame. Every output is finished and closed on the way out.
+        Raises: AvatardError or a bug's exception: the model could not be started, or failed again and again, or no
+        output is left.
         """
+        preparing = asyncio.create_task(self._prepare(), name="prepare")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
         try:
-            await asyncio.gather(*(lane.open() for lane in self._lanes))
-            self._model = await self._open_model(self._reference)
-            self._spec = self._model.spec
-            self._cutter = LiveCutter(
-                self._spec.samples_per_block, self._spec.lookahead_samples, self._spec.sample_rate
-            )
-            await self._warm_up()
+            await asyncio.wait({preparing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not preparing.done():
+                return self.status
+            await preparing
             return await self._broadcast(stop)
         finally:
+            preparing.cancel()
+            stopping.cancel()
+            await asyncio.gather(preparing, stopping, return_exceptions=True)
             self._source.abandon()
             for lane in self._lanes:
                 lane.close(complete=False)
@@ -224,7 +228,10 @@ class LiveSession:
         Sound that was not heard yet is forgotten. The model goes back to the block on the screen and makes the rest
         of it anew; where too little of it is left for that, it makes the next one anew.
         """
-        dropped = self._source.drop() + self._cutter.drop()
+        dropped = self._source.drop()
+        if not self._on_air:
+            return Interruption(0.0, dropped / LISTENER_RATE)
+        dropped += self._cutter.drop()
         frames = self._spec.frames_per_block
         current, shown = divmod(self._frame, frames)
         samples = shown * self._samples_per_frame
@@ -274,6 +281,21 @@ class LiveSession:
 
     # Before going on air
 
+    async def _prepare(self) -> None:
+        """Try the outputs, start the model and warm it up."""
+        await asyncio.gather(*(lane.open() for lane in self._lanes))
+        self._model = await self._open_model(self._reference)
+        self._spec = self._model.spec
+        self._cutter = LiveCutter(self._spec.samples_per_block, self._spec.lookahead_samples, self._spec.sample_rate)
+        await self._warm_up()
+
+    async def _prepare(self) -> None:
+        await asyncio.gather(*(lane.open() for lane in self._lanes))
+        self._model = await self._open_model(self._reference)
+        self._spec = self._model.spec
+        self._cutter = LiveCutter(self._spec.samples_per_block, self._spec.lookahead_samples, self._spec.sample_rate)
+        await self._warm_up()
+
     async def _warm_up(self) -> None:
         """Measure what a block takes, and say so when that is too long."""
         spec = self._spec
@@ -318,7 +340,7 @@ class LiveSession:
                     for task in helpers:
                         task.cancel()
                     for lane in self._lanes:
-                        lane.close(complete=self._source_error is None)
+                        lane.close(complete=self._frame > 0 and self._source_error is None)
             except BaseExceptionGroup as group:
                 raise _first(group) from None
             finally:
@@ -400,8 +422,8 @@ class LiveSession:
                 continue
             block, model = self._blocks[index], self._model
             block.settled, block.number, block.model = True, model.blocks, model
-            sound = block.cut.audio
-            audio = dataclasses.replace(sound, start=model.blocks * self._spec.samples_per_block)
+            block.heard = block.cut.audio
+            audio = dataclasses.replace(block.heard, start=model.blocks * self._spec.samples_per_block)
             began = self._clock()
             try:
                 made = await model.step(audio)
@@ -416,9 +438,15 @@ class LiveSession:
                 continue
             failures = 0
             self._steps.append(self._clock() - began)
-            if block.cut.audio is sound:
-                block.pictures = np.concatenate([part.frames for part in made])
-            # else it was interrupted meanwhile, and is made again
+            for part in made:
+                self._show(part, model)
+
+    def _show(self, made: FrameBlock, model: LiveModel) -> None:
+        """Put pictures where they belong, unless the sound they were made of was cut off meanwhile."""
+        number = made.start // self._spec.frames_per_block
+        for block in self._blocks.values():
+            if block.model is model and block.number == number and block.heard is block.cut.audio:
+                block.pictures = made.frames
 
     async def _settle_requests(self) -> None:
         """Between two steps: go back after an interruption, change to another model."""

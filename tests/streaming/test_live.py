@@ -31,8 +31,10 @@ BLOCK_S = 0.48
 class InVirtualTime:
     """The toy as an engine's session, a step of which takes virtual seconds."""
 
-    def __init__(self, reference: Reference, step_s: float, times: dict[int, float], failures: set[int]) -> None:
-        self.toy = ToyModel((64, 64))
+    def __init__(
+        self, reference: Reference, step_s: float, times: dict[int, float], failures: set[int], delay: int
+    ) -> None:
+        self.toy = ToyModel((64, 64), delay=delay)
         self.spec = self.toy.spec
         self.state: ToyState = self.toy.start(reference)
         self.step_s, self.times, self.failures = step_s, times, failures
@@ -70,6 +72,7 @@ class OnAir:
         times: dict[int, float] | None = None,
         failures: set[int] | None = None,
         settings: LiveSettings | None = None,
+        delay: int = 0,
     ) -> None:
         self.path = folder / "live.mp4"
         self.loop = asyncio.get_running_loop()
@@ -77,7 +80,7 @@ class OnAir:
         self.source = PushSource(48_000, ahead_s=60)
         self.models: list[InVirtualTime] = []
         self.changes: list[tuple[float, str]] = []
-        self.how = (step_s, times or {}, failures or set())
+        self.how = (step_s, times or {}, failures or set(), delay)
         self.stop = asyncio.Event()
         self.lane = file_lane(self.path, self.loop.time)
         self.session = LiveSession(
@@ -185,6 +188,28 @@ def test_a_flash_is_seen_when_its_click_is_heard(tmp_path, chunk_s):
     assert np.diff(file.clicks()) == pytest.approx([1.3, 0.7, 1.9], abs=0.002), "a hole in the voice"
     assert status.held == 0
     assert status.skew_s == pytest.approx(0, abs=1e-6)
+
+
+def test_pictures_of_a_wavefront_are_shown_with_the_sound_they_were_made_of(tmp_path):
+    async def show(air):
+        await air.say(clicks_at([2.3, 4.0, 7.1], 14.0, 48_000))
+        await air.until(10.0)
+
+    file, status, _ = broadcast(tmp_path, show, delay=2, settings=LiveSettings(lead_s=1.2))
+    assert len(file.clicks()) == len(file.flashes()) == 3
+    for flash, click in zip(file.flashes(), file.clicks()):
+        assert -0.005 <= click - flash <= 0.045
+    assert status.held <= 24, "while the wavefront fills"
+
+
+def test_stopped_while_it_warms_up_it_has_sent_nothing(tmp_path):
+    async def run():
+        air = OnAir(tmp_path, step_s=5.0)
+        air.loop.call_later(7.0, air.stop.set)
+        return await air.session.run(air.stop)
+
+    assert run_virtual(run()).frames == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_speech_begins_within_a_block_and_what_a_block_takes(tmp_path):
