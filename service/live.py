@@ -10,7 +10,7 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,8 @@ def broadcast(
 ) -> LiveResult:
     """Go on air, and stay there until the voice ends, or the first SIGINT or SIGTERM; the second ends at once.
 
-    SIGUSR1 interrupts what is being said. Raises: AvatardError; Stopped: asked to end before there was a frame.
+    SIGUSR1 interrupts what is being said. Asked to end before there was a frame, it has none, and that is no error.
+    Raises: AvatardError.
     """
     return asyncio.run(_Broadcast(request, settings, watcher, began, clock).run())
 
@@ -111,10 +112,13 @@ class _Broadcast:
         self._reader: Reader | None = None
 
     async def run(self) -> LiveResult:
-        with stopping_signals(self._stop, lambda: self._engine), self._interruptions():
+        with self._late_signals(), stopping_signals(self._stop, lambda: self._engine), self._interruptions():
             async with await Engine.launch(self._engine_settings(), on_change=self._on_engine) as engine:
                 self._engine = engine
-                return await self._go_on_air(engine)
+                try:
+                    return await self._go_on_air(engine)
+                except Stopped:
+                    return self._result(engine)
 
     def _engine_settings(self) -> EngineSettings:
         """As for a file, but a step that hangs is seen soon, and there is no end to starting again."""
@@ -170,15 +174,20 @@ class _Broadcast:
             for task in tellers:
                 task.cancel()
             await asyncio.gather(*tellers, return_exceptions=True)
-        if not status.frames:
-            raise Stopped
+        outputs = [str(lane.output) for lane in lanes if lane.output is not None]
+        return self._result(engine, outputs, status, spec.fps)
+
+    def _result(
+        self, engine: Engine, outputs: Sequence[str] = (), status: LiveStatus | None = None, fps: int = 1
+    ) -> LiveResult:
+        """Without a status: nothing was broadcast."""
         return LiveResult(
-            outputs=[str(lane.output) for lane in lanes if lane.output is not None],
-            frames=status.frames,
-            seconds=round(status.frames / spec.fps, 3),
-            held=status.held,
-            skipped=status.skipped,
-            interruptions=status.interruptions,
+            outputs=list(outputs),
+            frames=status.frames if status else 0,
+            seconds=round(status.frames / fps, 3) if status else 0.0,
+            held=status.held if status else 0,
+            skipped=status.skipped if status else 0,
+            interruptions=status.interruptions if status else 0,
             engine_restarts=engine.restarts,
             wall_s=round(self._clock() - self._began, 3),
         )
@@ -234,6 +243,24 @@ class _Broadcast:
 
     def _event(self, what: str, **more: Any) -> None:
         self._watcher.event({"event": what, "wall_s": round(self._clock() - self._began, 3), **more})
+
+    @contextlib.contextmanager
+    def _late_signals(self) -> Iterator[None]:
+        """Between the end of the broadcast and that of the command the first one still counts as asking to end.
+
+        What a loop leaves behind instead would make a killed command of one that has finished its files.
+        """
+
+        def on_signal(number: int, _: object) -> None:
+            if self._stop.is_set():
+                os._exit(128 + number)
+            self._stop.set()
+
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, on_signal)
 
     @contextlib.contextmanager
     def _interruptions(self) -> Iterator[None]:

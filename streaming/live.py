@@ -289,13 +289,6 @@ class LiveSession:
         self._cutter = LiveCutter(self._spec.samples_per_block, self._spec.lookahead_samples, self._spec.sample_rate)
         await self._warm_up()
 
-    async def _prepare(self) -> None:
-        await asyncio.gather(*(lane.open() for lane in self._lanes))
-        self._model = await self._open_model(self._reference)
-        self._spec = self._model.spec
-        self._cutter = LiveCutter(self._spec.samples_per_block, self._spec.lookahead_samples, self._spec.sample_rate)
-        await self._warm_up()
-
     async def _warm_up(self) -> None:
         """Measure what a block takes, and say so when that is too long."""
         spec = self._spec
