@@ -17,6 +17,8 @@ from rtmp import RtmpServer
 from speech import Speech
 
 SECONDS = float(os.environ.get("AVATARD_SOAK_S", "600"))
+PRESENTER = Path(__file__).parent.parent.parent / "examples" / "presenter.png"
+
 SETTLED_S = min(60.0, SECONDS / 5)
 """After which memory is expected to be flat."""
 
@@ -27,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.needs("nginx")]
 def test_a_voice_from_stdin_is_on_air_and_in_a_file_for_long(tmp_path: Path, model: str) -> None:
     with RtmpServer(tmp_path / "server") as server:
         targets = [server.url("key"), "show.mp4"]
-        command = Live(tmp_path / "live", targets, "--set=encoder.preset=superfast", model=model)
+        command = Live(tmp_path / "live", targets, "--set=encoder.preset=superfast", model=model, image=PRESENTER)
         with command as live:
             live.wait_for("on air", 60)
             with ProcessWatch(live.pid, every_s=2.0) as processes:
