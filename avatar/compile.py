@@ -21,31 +21,32 @@ def compile_methods(modules: Iterable[nn.Module], *names: str) -> None:
             setattr(module, name, torch.compile(getattr(module, name), fullgraph=True, dynamic=False))
 
 
-def replay(module: nn.Module) -> None:
-    """Let a module that makes many small kernels be replayed as a CUDA graph, in place.
+def replay(owner: Any, name: str) -> None:
+    """Let a method that makes many small kernels be replayed as a CUDA graph, in place.
 
     That begins when its input (one tensor, and keywords that stay the same) has the shape of the call before; until
-    then, and for any other shape, it runs as it was written. What a replay gives is overwritten by the next.
+    then, and for any other shape, it runs as it was written. What a replay gives is overwritten by the next: it is for
+    results that are used up before the method is called again.
     """
-    forward = module.forward
+    written = getattr(owner, name)
     kept: dict[str, Any] = {"shape": None, "graph": None}
 
     def replayed(x: Tensor, **options: Any) -> Any:
         if not x.is_cuda or torch.is_grad_enabled():
-            return forward(x, **options)
+            return written(x, **options)
         if x.shape != kept["shape"]:
             kept.update(shape=x.shape, graph=None)
-            return forward(x, **options)
+            return written(x, **options)
         if kept["graph"] is None:
             # The call before was the warm-up.
             kept.update(graph=torch.cuda.CUDAGraph(), x=x.clone())
             with torch.cuda.graph(kept["graph"]):
-                kept["out"] = forward(kept["x"], **options)
+                kept["out"] = written(kept["x"], **options)
         kept["x"].copy_(x)
         kept["graph"].replay()
         return kept["out"]
 
-    module.forward = replayed  # type: ignore[method-assign]
+    setattr(owner, name, replayed)
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -46,9 +46,8 @@ class Float8Linear(nn.Module):
         return cls(*quantize(linear.weight.data), linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded, scale = quantize(x)
-        product = self.product(rounded.flatten(0, -2), scale.flatten(0, -2), x.dtype)
-        return product.unflatten(0, x.shape[:-1])
+        rows = x.flatten(0, -2)
+        return self.product(*_quantize_rows(rows), x.dtype).unflatten(0, x.shape[:-1])
 
     def product(self, x: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Of rows that are rounded already: x e4m3 [N, in] and scale float32 [N, 1] -> [N, out]."""
@@ -64,6 +63,16 @@ class Float8Linear(nn.Module):
             out_dtype=dtype,
             use_fast_accum=True,
         )
+
+
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() or not has_float8_products(x):
+        return quantize(x)
+    from avatar.kernels import residual_norm
+
+    _, rounded = residual_norm(x.contiguous(), float8=True)
+    assert isinstance(rounded, tuple)
+    return rounded
 
 
 def has_float8_products(x: Tensor) -> bool:

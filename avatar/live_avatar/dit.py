@@ -424,6 +424,10 @@ class CausalDiT(nn.Module):
         """What each injector makes of the block's audio, once per block, for `step`."""
         return [self.audio_injector.prepare(j, tokens) for j in range(len(self.config.audio_inject_layers))]
 
+    def hear(self, features: Tensor) -> list[Injection]:
+        """`encode_audio`, then `prepare_audio`: all that a block's audio is to `step`."""
+        return self.prepare_audio(self.encode_audio(features))
+
     # Where tokens are.
 
     def block_rope(self, f0: int, frames: int, rows: int, columns: int, device: torch.device | None = None) -> Tensor:

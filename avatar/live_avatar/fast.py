@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from avatar.compile import compile_methods, replay, uncompiled
 from avatar.live_avatar.dit import CausalDiT
-from avatar.live_avatar.generator import LATENTS_PER_BLOCK, Speech
+from avatar.live_avatar.generator import LATENTS_PER_BLOCK, LiveAvatar
 from avatar.live_avatar.vae import WanVae, decode_onward
 from avatar.quantize import quantize_linears
 
@@ -73,9 +73,21 @@ def _channels_last_view(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d).as_strided(x.shape, strides)
 
 
-def replay_speech(speech: Speech) -> None:
-    """The speech encoder's hundreds of small kernels as one graph, once its window is full."""
-    replay(speech.model)
+def replay_audio(model: LiveAvatar) -> None:
+    """The hundreds of small kernels of speech and audio encoder as two graphs, the first once its window is full."""
+    replay(model.speech.model, "forward")
+    replay(model.dit, "hear")
+
+
+def quicken(model: LiveAvatar, *, float8: bool, float8_attention: bool) -> None:
+    """All that makes a model on a GPU of Hopper's kind fast, in place, before its first session."""
+    if float8:
+        use_float8(model.dit)
+    if float8_attention:
+        use_float8_attention(model.dit)
+    fuse(model.dit)
+    compile_vae(model.vae)
+    replay_audio(model)
 
 
 def channels_last(module: nn.Module) -> None:

@@ -443,7 +443,7 @@ class LiveAvatar:
             state.levels,
             state.times,
             state.text,
-            self.dit.prepare_audio(self.dit.encode_audio(features)),
+            self.dit.hear(features),
             f0,
             references,
             pose=self._pose(state, f0),
@@ -531,7 +531,7 @@ class LiveAvatar:
         """A block's keys and values once more, in place."""
         f0 = LATENTS_PER_BLOCK * block
         before = [self._noise(state, block % self.options.clip_blocks), *made.latents]
-        audio = self.dit.prepare_audio(self.dit.encode_audio(made.features))
+        audio = self.dit.hear(made.features)
         for x, time, cache, position in zip(before, state.times, state.caches, made.references):
             self.dit.step(
                 x, time, state.conditioning, state.text, audio, cache, f0, position, pose=self._pose(state, f0)

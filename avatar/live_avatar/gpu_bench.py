@@ -43,7 +43,7 @@ MODES: dict[str, Callable[[LiveAvatar], Any]] = {
     "fused": lambda model: fast.fuse(model.dit),
     "compiled": lambda model: fast.compile_transformer(model.dit),
     "vae": lambda model: fast.compile_vae(model.vae),
-    "speech": lambda model: fast.replay_speech(model.speech),
+    "audio": lambda model: fast.replay_audio(model),
 }
 """The optimisations by name, in the order in which they are applied; a mode is some of them with + between, or bf16."""
 
@@ -333,7 +333,7 @@ def facts() -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "errors"])
-    parser.add_argument("--modes", default="bf16,bf16+fused+vae+speech,float8+fused+vae+speech")
+    parser.add_argument("--modes", default="bf16,bf16+fused+vae+audio,float8+fused+vae+audio")
     parser.add_argument("--size", default="704x384")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--merge", action="store_true", help="leave out the last denoising step")
@@ -345,9 +345,8 @@ def main(arguments: list[str]) -> None:
     options = Options(width=width, height=height, steps=chosen.steps, merge_last_step=chosen.merge)
     modes = chosen.modes.split(",")
     case = {"size": chosen.size, "steps": chosen.steps - chosen.merge}
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     if chosen.what == "errors":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         found = errors(modes, options, chosen.layers)
         print(json.dumps({"case": "errors", "layers": chosen.layers, **case, **found, "machine": facts()}), flush=True)
         return
