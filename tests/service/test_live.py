@@ -356,7 +356,6 @@ def test_the_stream_key_is_nowhere_to_be_read(tmp_path, nginx):
     key = "s3cr3t-of-the-stream"
     nginx.accept = lambda name: len(nginx.publishings(key, accepted=False)) > 0
     with Live(tmp_path / "live", ["show.mp4", nginx.url(key)], QUICK) as live:
-        mine = live.process.args[-3:]
         live.wait_for("on air")
         until(lambda: nginx.recordings(key), 20, "the stream, once refused")
         # Its own words are what its caller wrote; what it starts must not repeat them.
