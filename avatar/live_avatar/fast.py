@@ -7,8 +7,11 @@ are in docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from avatar.compile import compile_methods, replay, uncompiled
@@ -73,8 +76,29 @@ def _channels_last_view(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d).as_strided(x.shape, strides)
 
 
+class GroupedProduct(nn.Module):
+    """A Conv1d with few wide groups as one matrix product for each: cuDNN runs such groups one after the other."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        super().__init__()
+        self.groups, (self.kernel,), (self.padding,) = conv.groups, conv.kernel_size, conv.padding
+        self.weight = nn.Parameter(conv.weight.detach().view(conv.groups, -1, conv.weight[0].numel()), False)
+        self.bias = nn.Parameter(conv.bias.detach().view(conv.groups, 1, -1), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T] -> [B, C', T']."""
+        windows = F.pad(x, (self.padding, self.padding)).unflatten(1, (self.groups, -1)).unfold(3, self.kernel, 1)
+        rows = rearrange(windows, "b g c t k -> g (b t) (c k)")
+        return rearrange(torch.baddbmm(self.bias, rows, self.weight.mT), "g (b t) c -> b (g c) t", b=len(x))
+
+
 def replay_audio(model: LiveAvatar) -> None:
     """The hundreds of small kernels of speech and audio encoder as two graphs, the first once its window is full."""
+    position: Any = model.speech.model.get_submodule("encoder.pos_conv_embed")
+    position.conv = GroupedProduct(position.conv)
     replay(model.speech.model, "forward")
     replay(model.dit, "hear")
 

@@ -195,6 +195,7 @@ def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, A
         if i == 0:
             first = time.perf_counter()
     walls = []
+    held_bytes = torch.cuda.memory_allocated()
     with stopwatch((model.dit, "step"), (model.vae, "decode"), (model.speech, "features")) as times:
         for i in range(warmup, warmup + blocks):
             begin = time.perf_counter()
@@ -207,11 +208,13 @@ def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, A
         "fps": round(1e3 * FRAMES_PER_BLOCK / statistics.median(walls), 2),
         "step_ms": round(medians["step"], 2),
         "step_max_ms": round(max(steps), 2),
+        "block_max_ms": round(max(walls), 1),
         "vae_ms": round(medians["decode"], 2),
         "speech_ms": round(medians["features"], 2),
         "start_s": round(started - began, 2),
         "first_block_s": round(first - started, 2),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "growth_mb": round((torch.cuda.memory_allocated() - held_bytes) / 1e6, 2),
     }
     if profiled:
         result |= profile(lambda: model.step(state, sound(warmup + blocks, model.spec.lookahead_samples)))

@@ -140,6 +140,15 @@ def test_attention_in_eight_bits_is_that_of_the_rounded_numbers(queries: int, bl
     assert apart(attention(q, keys, values), exact) < 0.04
 
 
+@pytest.mark.parametrize("keys", [512, 4176, 4096, 15_312])
+def test_attention_in_bfloat16_is_softmax_attention(keys: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(1, 200, 2, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 2, keys, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    k[:, -9:] *= 3
+    assert apart(attention(q, k, v), attention(q.float(), k.float(), v.float())) < 0.006
+
+
 def test_a_product_in_eight_bits_is_that_of_the_rounded_numbers() -> None:
     torch.manual_seed(0)
     layer = Float8Linear.of(torch.nn.Linear(512, 256, dtype=torch.bfloat16, device="cuda"))

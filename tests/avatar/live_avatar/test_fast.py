@@ -77,3 +77,11 @@ def test_what_is_computed_in_float32_keeps_its_weights():
     assert fast.use_float8(model.dit) == 4 * 10 + 2 * 5
     kinds = {name.split(".")[0] for name, layer in model.dit.named_modules() if isinstance(layer, Float8Linear)}
     assert kinds == {"blocks", "audio_injector"}
+
+
+def test_a_convolution_of_groups_is_a_product_for_each():
+    torch.manual_seed(0)
+    conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(32, 48, 8, padding=4, groups=4), dim=2)
+    x = torch.randn(2, 32, 19)
+    with torch.no_grad():
+        torch.testing.assert_close(fast.GroupedProduct(conv)(x), conv(x))
