@@ -77,7 +77,7 @@ def residual_norm(
         dim,
         norm.unit if norm else False,
         triton.next_power_of_2(dim),
-        num_warps=8,
+        num_warps=4,
     )
     return out, values if scale is None or values is None else Rounded(values, scale)
 
@@ -228,7 +228,7 @@ def split_heads(
         heads * head_dim,
         head_dim,
         triton.next_power_of_2(heads * head_dim),
-        num_warps=8,
+        num_warps=4,
     )
     if not together:
         _store_values[(triton.cdiv(rows, 64), heads)](
