@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -28,10 +29,18 @@ from procs import LoopWatch
 from proxy import Proxy
 from rtmp import RtmpServer
 from speech import Speaker, Speech
+from toy_model import ToyModel
+from virtual_loop import VirtualLoop, run_virtual
 from waiting import until, until_async
 
+from audio.chunk import AudioChunk
+from audio.source import PushSource
+from avatar.model import Reference
 from service.config import load_settings
 from service.live import LiveRequest, LiveResult, LiveWatcher, _Broadcast
+from streaming.lane import Lane, LanePolicy
+from streaming.live import LiveSession
+from streaming.sinks import open_sink
 
 FLAPS = int(os.environ.get("AVATARD_FLAPS", "100"))
 UTTERANCES = int(os.environ.get("AVATARD_UTTERANCES", "100"))
@@ -469,3 +478,110 @@ def test_speech_begins_and_stops_within_a_block_and_a_quarter_of_a_second(tmp_pa
     assert file.video.gaps.count == 0
     assert spread(delays)["p95"] <= 1500
     assert spread(closed)["p95"] <= 1500
+
+
+# Hours at once
+
+
+class OnTheClock:
+    """The toy as an engine's session, a step of which takes a tenth of a virtual second."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._toy = ToyModel((64, 64))
+        self.spec = self._toy.spec
+        self._state = self._toy.start(reference)
+
+    @property
+    def blocks(self) -> int:
+        return self._state.blocks
+
+    async def step(self, audio: Any) -> list[Any]:
+        await asyncio.sleep(0.1)
+        return self._toy.step(self._state, audio)
+
+    async def rewind(self, block: int) -> None:
+        raise AssertionError("nobody interrupts")
+
+    async def close(self) -> None:
+        pass
+
+
+def test_hours_of_media_leave_picture_and_sound_together_and_memory_flat(tmp_path):
+    """A voice whose clock is 0.1 % fast, in pieces of odd lengths, with pauses; into parts of ten minutes."""
+    me, samples = psutil.Process(), []
+
+    async def run() -> Any:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        source, stop, speech = PushSource(48_000, ahead_s=60), asyncio.Event(), Speech(rate=48_000, click_every_s=2.0)
+
+        async def open_model(reference: Reference) -> Any:
+            return OnTheClock(reference)
+
+        async def speak() -> None:
+            began, at = loop.time(), 0
+            while True:
+                count = 480 + at % 1777
+                await asyncio.sleep(max(0.0, began + (at + count) / 48_000 / 1.001 - loop.time()))
+                await source.push(AudioChunk(speech.samples(at, count), 48_000))
+                at += count
+
+        async def watch() -> None:
+            while session.status.frames < MEDIA_S * 25:
+                await asyncio.sleep(30.0)
+                if session.status.frames % 7500 < 750:
+                    gc.collect()
+                status = session.status
+                sizes = (me.memory_info().rss / 2**20, me.num_fds(), me.num_threads())
+                samples.append((status.frames / 25, *sizes, status.skew_s, status.waiting_s))
+            stop.set()
+
+        lane = Lane(
+            lambda: open_sink(f"segment:600:{tmp_path}/part.mp4"),
+            policy=LanePolicy.FILE,
+            want_keyframe=lambda: None,
+            clock=loop.time,
+        )
+        grey = Reference(np.full((8, 8, 3), 120, np.uint8))
+        session = LiveSession(source, open_model, grey, [lane], clock=loop.time)
+        others = [asyncio.create_task(work()) for work in (speak, watch)]
+        try:
+            return await session.run(stop)
+        finally:
+            for task in others:
+                task.cancel()
+
+    began = time.monotonic()
+    status = run_virtual(run())
+    wall_s = time.monotonic() - began
+    table = np.array(samples)
+    settled = table[table[:, 0] > min(600, MEDIA_S / 5)]
+    slope = np.polyfit(settled[:, 0] / 3600, settled[:, 1], 1)[0]
+    readings = [skew.read(path) for path in sorted(tmp_path.glob("part-*.mp4"))]
+    ms = np.concatenate([reading.skew.ms for reading in readings])
+    report(
+        "hours at once",
+        media_s=status.frames / 25,
+        wall_s=wall_s,
+        held=status.held,
+        slips=status.slips,
+        rss_mib_first=float(settled[0, 1]),
+        rss_mib_last=float(settled[-1, 1]),
+        rss_mib_per_media_hour=float(slope),
+        descriptors=(int(settled[:, 2].min()), int(settled[:, 2].max())),
+        threads=(int(settled[:, 3].min()), int(settled[:, 3].max())),
+        waiting_most_s=float(settled[:, 5].max()),
+        parts=len(readings),
+        frames=sum(reading.frames for reading in readings),
+        pairs=len(ms),
+        skew_p95_ms=float(np.quantile(np.abs(ms), 0.95)),
+        skew_max_ms=float(np.abs(ms).max()),
+        lone_clicks=sum(reading.lone_clicks for reading in readings),
+        lone_flashes=sum(reading.lone_flashes for reading in readings),
+    )
+    assert sum(reading.frames for reading in readings) == status.frames
+    assert np.abs(ms).max() <= 80
+    assert status.held == status.slips == 0
+    assert settled[:, 5].max() < 2
+    assert slope < 20
+    assert settled[-1, 2] <= settled[0, 2] + 3
