@@ -721,7 +721,7 @@ def same_gradient(sequences: Sequences, x: Tensor, level: Tensor) -> float:
     return float((found[0] - found[1]).norm() / found[1].norm())
 
 
-JUMPS = 4.0
+JUMPS = 0.5
 """What a wrong change from one latent to the next counts, beside a wrong latent."""
 
 PATHS = {4: [1.0, 0.9, 0.75, 0.5], 2: [1.0, 0.75], 1: [1.0]}
@@ -760,7 +760,7 @@ def train_dit(shop: Workshop, batch: int = 64, latents: int = 24, pool_size: int
     levels = torch.tensor(PATHS[4], device=shop.where)
     shares = torch.tensor([0.3, 0.15, 0.35, 0.2], device=shop.where)
     borders = torch.ones(latents - 1, device=shop.where)
-    borders[LATENTS_PER_BLOCK - 1 :: LATENTS_PER_BLOCK] = 2.0
+    borders[LATENTS_PER_BLOCK - 1 :: LATENTS_PER_BLOCK] = 3.0
     checked = False
     for done in run.steps(warm_up=200, decay_from=0.15 if shop.further else 0.35):
         if run.step % 6 == 0:
@@ -804,8 +804,8 @@ def train_dit(shop: Workshop, batch: int = 64, latents: int = 24, pool_size: int
     log.info("dit: %d clips seen", pool.made)
 
 
-SEAM = 6.0
-INSIDE = 0.5
+SEAM = 8.0
+INSIDE = 1.0
 """What a wrong change counts where a latent begins, and inside a latent, beside a wrong picture."""
 
 
@@ -830,8 +830,11 @@ def train_seams(
     dit = recall_dit(shop).requires_grad_(False)
     ear = recall(Ear(), shop.out / "ear.safetensors").to(shop.where).requires_grad_(False)
     before, vae = shop.vae(), shop.vae()
+    if shop.further:
+        recall(vae, shop.out / "vae_seams.safetensors")
     vae.decoder.requires_grad_(True)
-    optimiser = Muon(vae.decoder.parameters(), lr=0.005, adam_lr=5e-4, weight_decay=0.1)
+    # slow and slower: where a jump is half a grey level, the noise of larger steps is all that can be seen
+    optimiser = Muon(vae.decoder.parameters(), lr=0.0005, adam_lr=1e-4, weight_decay=0.05)
     run = Run("seams", shop, {"vae_seams": vae}, optimiser, 0.998)
     pool = Pool(shop, pool_size, latents, 131 + run.step)
     sequences = Sequences(shop, dit, ear, latents, compiled=False)
@@ -859,7 +862,7 @@ def train_seams(
     importance = torch.full((window * FRAMES_PER_LATENT,), INSIDE, device=shop.where)
     importance[::FRAMES_PER_LATENT] = SEAM
     half = batch // 2
-    for _ in run.steps(warm_up=200, decay_from=0.2):
+    for _ in run.steps(warm_up=200, decay_from=0.0):
         if run.step % (2 * fresh) == 0:
             pool.keep(shown(fresh))
         clips = pool.pick(batch)

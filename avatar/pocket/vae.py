@@ -139,6 +139,7 @@ class Decoder(nn.Module):
         self.coarse = nn.ModuleList(Residual(a) for _ in range(config.depth[0]))
         self.coarse_time = nn.ModuleList(CausalTime(a) for _ in range(config.depth[0]))
         self.grow1 = Grow(a, b)
+        self.early_time = CausalTime(b)
         self.middle = nn.ModuleList(Residual(b) for _ in range(config.depth[1]))
         self.middle_time = CausalTime(b)
         self.grow2 = Grow(b, c)
@@ -154,7 +155,7 @@ class Decoder(nn.Module):
         x = self.conv_in(_channels_last(latents.flatten(0, 1)))
         for i, (space, time) in enumerate(zip(self.coarse, self.coarse_time, strict=True)):
             x = time(space(x), steps, state, f"coarse{i}")
-        x = self.grow1(x)
+        x = self.early_time(self.grow1(x), 2 * steps, state, "early")
         for space in self.middle:
             x = space(x)
         x = self.middle_time(x, 2 * steps, state, "middle")
