@@ -47,6 +47,8 @@ MARGIN_S = 0.05
 PENDING_S = 1.0
 """Sound in the cutter after which no more is read: who pushes has to wait, and a pipe fills."""
 
+HOPE = 0.8
+
 FAILURES = 3
 """Blocks in a row that the model may refuse, each time begun anew from its reference, before the session ends."""
 
@@ -160,7 +162,7 @@ class LiveSession:
         self._next_block = 0
         self._frame = 0
         self._on_air = self._speaking = False
-        self._held = self._skipped = self._interruptions = 0
+        self._held = self._skipped = self._given_up = self._interruptions = 0
         self._played = 0
         self._sound_sent = 0
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -479,10 +481,15 @@ class LiveSession:
             block = self._blocks[index]
             if block.settled:
                 continue
-            if self._pacer.late_s(index * self._spec.frames_per_block + half) + self._typical_s() < 0:
+            # With each block in a row that was given up it hopes for a faster one: else nothing would be measured
+            # again, and one slow moment would be believed for ever.
+            expected_s = self._typical_s() * HOPE ** min(self._given_up, 5)
+            if self._pacer.late_s(index * self._spec.frames_per_block + half) + expected_s < 0:
+                self._given_up = 0
                 return index
             block.settled = True
             self._skipped += 1
+            self._given_up += 1
         return None
 
     async def _deliver(self, encoder: Encoder) -> None:

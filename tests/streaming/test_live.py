@@ -274,6 +274,15 @@ def test_a_hiccup_of_the_model_holds_the_picture_and_leaves_no_delay(tmp_path):
     assert abs(file.flashes()[1] - file.clicks()[1]) <= 0.041
 
 
+def test_a_slow_beginning_is_not_believed_for_ever(tmp_path):
+    async def show(air):
+        await air.until(12.0)
+
+    _, status, _ = broadcast(tmp_path, show, times=dict.fromkeys(range(5), 1.2))
+    assert status.held < 150
+    assert status.step_s == pytest.approx(0.15)
+
+
 def test_an_interruption_silences_at_once_and_tells_what_was_heard(tmp_path):
     heard = []
 
