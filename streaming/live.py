@@ -48,6 +48,7 @@ PENDING_S = 1.0
 """Sound in the cutter after which no more is read: who pushes has to wait, and a pipe fills."""
 
 HOPE = 0.8
+"""By how much less than usual a block is expected to take, for each in a row that was given up, five times at most."""
 
 FAILURES = 3
 """Blocks in a row that the model may refuse, each time begun anew from its reference, before the session ends."""
