@@ -381,9 +381,13 @@ class LiveSession:
         self._begun.set()
         self._on_change("on air")
         while True:
-            due = self._pacer.due(self._next_block * self._spec.frames_per_block)
+            first = self._next_block * self._spec.frames_per_block
+            due = self._pacer.due(first)
             if (wait_s := due - self._lead_s() - self._clock()) > 0:
                 await asyncio.sleep(wait_s)  # and look again: the lead may have changed meanwhile
+            elif (first - self._frame) / self._spec.fps > self._lead_s() + self._spec.block_seconds:
+                # The process stood still. What is cut now would be silence that everybody has to sit through.
+                await asyncio.sleep(1 / self._spec.fps)
             elif (spare_s := due - self._needed_s() - self._clock()) > 0 and self._reading():
                 await self._hear_more(spare_s)
             else:
