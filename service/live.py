@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import math
@@ -248,7 +249,8 @@ class _Broadcast:
     def _late_signals(self) -> Iterator[None]:
         """Between the end of the broadcast and that of the command the first one still counts as asking to end.
 
-        What a loop leaves behind instead would make a killed command of one that has finished its files.
+        What a loop leaves behind instead would make a killed command of one that has finished its files; and so
+        would the interpreter, which takes its handlers away well before the process is gone.
         """
 
         def on_signal(number: int, _: object) -> None:
@@ -261,6 +263,7 @@ class _Broadcast:
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, on_signal)
+                atexit.register(signal.signal, number, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def _interruptions(self) -> Iterator[None]:
