@@ -83,6 +83,132 @@ class LimitsSection(_Section):
     picture_megapixels: float = Field(80.0, gt=0, description="millions of pixels in one picture")
 
 
+class DaemonSection(_Section):
+    """The daemon (avatard serve): where it keeps what it must not lose."""
+
+    state: Path = Field(Path("~/.local/state/avatard"), description="folder of jobs, spool and work in progress")
+    outputs: Path = Field(Path("~/avatard"), description="folder of results; nothing is ever written outside of it")
+    image: Path | None = Field(None, description="picture for whoever names none; null: the bundled presenter")
+    metadata_name: str = Field("avatard", min_length=1, max_length=64, description="how this daemon calls itself")
+    shutdown_s: float = Field(8.0, gt=0, le=300, description="seconds until what still runs at the end is cut off")
+
+
+class InputsSection(_Section):
+    """What a job or a session may refer to, from outside."""
+
+    roots: tuple[Path, ...] = Field((), description="folders whose files may be named as path; none: no paths")
+    urls: bool = Field(True, description="whether http and https addresses are fetched")
+    private_addresses: bool = Field(False, description="whether addresses inside private networks are fetched")
+    max_mb: float = Field(200.0, gt=0, description="of one picture or sound, in millions of bytes")
+    fetch_s: float = Field(30.0, gt=0, le=3600, description="seconds until a fetch is given up")
+    spool_hours: float = Field(24.0, gt=0, description="until an upload that no job needs is deleted")
+
+
+class JobsSection(_Section):
+    """Durable jobs: a picture and a sound in, a file out."""
+
+    queue: int = Field(10_000, ge=1, description="jobs that may wait; more are refused")
+    attempts: int = Field(3, ge=1, le=100, description="times a job is begun whose run ended by no fault of its own")
+    segment_s: float = Field(12.0, ge=1, le=600, description="seconds of video between two points to resume from")
+    keep_days: float = Field(7.0, gt=0, description="until a finished job and its file are deleted")
+    keep_gb: float = Field(50.0, gt=0, description="of results in thousands of megabytes; the oldest go first")
+    min_free_gb: float = Field(2.0, ge=0, description="of the disk; with less, no job is taken")
+
+
+class SessionsSection(_Section):
+    """Live sessions of the daemon."""
+
+    limit: int = Field(2, ge=1, le=64, description="on air at once")
+    idle_s: float = Field(900.0, gt=0, description="seconds without sound, viewer or output until one is closed")
+    viewers: int = Field(8, ge=0, le=1000, description="who may watch one session at once")
+    targets: tuple[str, ...] = Field(
+        ("rtmp", "rtmps", "srt", "hls", "file"), description="kinds of output that may be asked for from outside"
+    )
+    private_targets: bool = Field(False, description="whether a stream may be sent into private networks")
+    jobs_beside_live: typing.Literal["slack", "wait"] = Field(
+        "slack", description="jobs work while a live session leaves time, or wait until there is none"
+    )
+
+
+class VoiceSection(_Section):
+    """Text to speech, for whoever sends text in place of sound."""
+
+    url: str = Field("", description="of an OpenAI-compatible /v1/audio/speech; empty: espeak-ng where it is installed")
+    model: str = Field("tts-1", description="as that service calls it")
+    voice: str = Field("", description="as that service, or espeak-ng, calls it; empty: its default")
+    key_file: Path | None = Field(None, description="file with that service's key")
+    key_env: str = Field("", description="environment variable with that service's key")
+    timeout_s: float = Field(20.0, gt=0, description="seconds of silence from that service until it is given up")
+    max_characters: int = Field(5000, ge=1, description="of one text")
+
+
+class HttpSection(_Section):
+    """The HTTP server and the page."""
+
+    enabled: bool = Field(True, description="whether there is one")
+    host: str = Field("127.0.0.1", description="address it listens on; any but loopback needs a token in auth")
+    port: int = Field(8000, ge=0, le=65535, description="0: one that is free")
+    page: bool = Field(True, description="whether / shows the page")
+    public_url: str = Field("", description="how others reach it, for addresses of results; empty: http://host:port")
+    max_body_mb: float = Field(200.0, gt=0, description="of one request, in millions of bytes")
+    connections: int = Field(200, ge=1, description="at once; more are refused")
+    tls_cert: Path | None = Field(None, description="file with the certificate chain; null: no TLS")
+    tls_key: Path | None = Field(None, description="file with its key")
+
+
+class MqttSection(_Section):
+    """The MQTT client."""
+
+    enabled: bool = Field(False, description="whether there is one")
+    host: str = Field("127.0.0.1", description="of the broker")
+    port: int = Field(1883, ge=1, le=65535, description="of the broker; 8883 is usual with TLS")
+    version: typing.Literal["5", "3.1.1"] = Field("5", description="of the protocol")
+    prefix: str = Field("avatar", pattern=r"^[^#+$\s]+$", description="of every topic")
+    group: str = Field("avatard", pattern=r"^[^#+/\s]*$", description="daemons that share jobs; empty: no sharing")
+    client_id: str = Field("", description="empty: one made once and kept in daemon.state")
+    user: str = Field("", description="for the broker")
+    password_file: Path | None = Field(None, description="file with the password")
+    password_env: str = Field("", description="environment variable with the password")
+    tls: bool = Field(False, description="whether the connection is encrypted")
+    ca_file: Path | None = Field(None, description="certificates to trust; null: the system's")
+    cert_file: Path | None = Field(None, description="client certificate")
+    key_file: Path | None = Field(None, description="its key")
+    keepalive_s: int = Field(15, ge=2, le=3600, description="seconds; a dead daemon is known after 1.5 times that")
+    session_expiry_s: int = Field(
+        86_400, ge=0, le=2**32 - 1, description="seconds for which the broker keeps messages for a daemon that is away"
+    )
+    max_payload_mb: float = Field(32.0, gt=0, description="of one message, in millions of bytes")
+    result: typing.Literal["path", "url", "payload"] = Field("url", description="how a result is told by default")
+    stats_s: float = Field(60.0, gt=0, description="seconds from one message on stats to the next")
+
+
+class TokenSection(_Section):
+    """One bearer token. Its text stands in a file or an environment variable, never in the settings."""
+
+    name: str = Field(..., min_length=1, max_length=64, description="who holds it, for logs")
+    scopes: tuple[typing.Literal["read", "jobs", "live", "admin"], ...] = Field(..., description="what it may do")
+    file: Path | None = Field(None, description="file with the token")
+    env: str = Field("", description="environment variable with the token")
+
+
+class AuthSection(_Section):
+    """Who may do what over HTTP."""
+
+    tokens: tuple[TokenSection, ...] = Field(
+        (),
+        description="each name, scopes (read, jobs, live, admin), and file or env; none: loopback only, no token asked",
+    )
+    requests_per_minute: int = Field(600, ge=1, description="for each token, or each address where there are none")
+    failures_per_minute: int = Field(20, ge=1, description="wrong tokens from one address until it has to wait")
+
+
+class LoggingSection(_Section):
+    """What the daemon writes about itself."""
+
+    level: typing.Literal["debug", "info", "warning", "error"] = Field("info", description="what is left out below it")
+    format: typing.Literal["text", "json"] = Field("text", description="json: one object a line")
+
+
 class PathsSection(_Section):
     """Where things lie."""
 
@@ -97,6 +223,15 @@ class Settings(_Section):
     live: LiveSection = LiveSection.model_construct()
     limits: LimitsSection = LimitsSection.model_construct()
     paths: PathsSection = PathsSection.model_construct()
+    daemon: DaemonSection = DaemonSection.model_construct()
+    inputs: InputsSection = InputsSection.model_construct()
+    jobs: JobsSection = JobsSection.model_construct()
+    sessions: SessionsSection = SessionsSection.model_construct()
+    voice: VoiceSection = VoiceSection.model_construct()
+    http: HttpSection = HttpSection.model_construct()
+    mqtt: MqttSection = MqttSection.model_construct()
+    auth: AuthSection = AuthSection.model_construct()
+    logging: LoggingSection = LoggingSection.model_construct()
 
 
 def load_settings(file: Path | None = None, assignments: Iterable[str] = (), **overrides: Any) -> Settings:
@@ -136,6 +271,13 @@ def reference_yaml(settings: Settings | None = None, comments: bool = True) -> s
 
 
 def _plain(value: Any) -> Any:
+    """A value as YAML knows it."""
+    if isinstance(value, BaseModel):
+        value = dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -162,7 +162,7 @@ class LiveSession:
         self._blocks: dict[int, _Block] = {}
         self._next_block = 0
         self._frame = 0
-        self._on_air = self._speaking = False
+        self._on_air = self._speaking = self._at_work = False
         self._held = self._skipped = self._given_up = self._interruptions = 0
         self._played = 0
         self._sound_sent = 0
@@ -224,6 +224,15 @@ class LiveSession:
             interruptions=self._interruptions,
             outputs=tuple(lane.status for lane in self._lanes),
         )
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds until the model is needed next; 0 while it is at work or something waits for it."""
+        waiting = self._redo_from is not None or any(not block.settled for block in self._blocks.values())
+        if not self._on_air or self._at_work or waiting:
+            return 0.0
+        due = self._pacer.due(self._next_block * self._spec.frames_per_block)
+        return max(0.0, due - self._lead_s() - self._clock())
 
     def interrupt(self) -> Interruption:
         """Be silent at once, and close the mouth as soon as the model can.
@@ -425,6 +434,7 @@ class LiveSession:
             block.heard = block.cut.audio
             audio = dataclasses.replace(block.heard, start=model.blocks * self._spec.samples_per_block)
             began = self._clock()
+            self._at_work = True
             try:
                 made = await model.step(audio)
             except Exception as error:
@@ -436,6 +446,8 @@ class LiveSession:
                     await model.close()
                 self._model = await self._open_model(self._reference)
                 continue
+            finally:
+                self._at_work = False
             failures = 0
             self._steps.append(self._clock() - began)
             for part in made:

@@ -112,4 +112,4 @@ def test_a_file_that_is_not_text_is_one_line(tmp_path):
 
 
 def test_the_reference_is_plain_yaml():
-    assert set(yaml.safe_load(reference_yaml())) == {"model", "encoder", "live", "limits", "paths"}
+    assert set(yaml.safe_load(reference_yaml())) == set(Settings.model_fields)
