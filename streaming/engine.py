@@ -152,7 +152,12 @@ class Engine:
         return self._spec
 
     async def open(
-        self, reference: Reference, *, rewind_blocks: int = 0, snapshot_every_s: float = 2.0
+        self,
+        reference: Reference,
+        *,
+        rewind_blocks: int = 0,
+        snapshot_every_s: float = 2.0,
+        resume: tuple[int, bytes] | None = None,
     ) -> EngineSession:
         """Start a session: the model encodes the picture and the prompt.
 
@@ -160,12 +165,14 @@ class Engine:
             rewind_blocks: how far back `EngineSession.rewind` can go; each of them costs the memory of one state.
             snapshot_every_s: of media, from one snapshot to the next; what was made since the last one is made again
                 when the process dies.
-        Raises: as `ready`.
+            resume: go on before that block from what `EngineSession.snapshot` gave there, in whichever process of the
+                same model; the reference is that of then.
+        Raises: as `ready`; AvatardError: the snapshot is damaged, or of another model.
         """
         session = EngineSession(
             self, f"s{next(self._numbers)}", await self.ready(), reference, rewind_blocks, snapshot_every_s
         )
-        await session.begin()
+        await session.begin(resume)
         return session
 
     async def close(self) -> None:
@@ -186,6 +193,22 @@ class Engine:
         self._process.kill()
 
     # For the sessions.
+
+    async def read(self, shelf: _Shelf, size: int) -> bytes:
+        """A snapshot out of the file of snapshots."""
+        return await asyncio.to_thread(_read_all, self._snapshots, size, shelf.offset)
+
+    async def write(self, snapshot: bytes) -> _Shelf:
+        """Put a snapshot into the file of snapshots."""
+        self.shelves.bytes = max(self.shelves.bytes, len(snapshot))
+        shelf = self.shelves.take()
+        writing = asyncio.ensure_future(asyncio.to_thread(_write_all, self._snapshots, snapshot, shelf.offset))
+        try:
+            await asyncio.shield(writing)
+        except BaseException:
+            writing.add_done_callback(lambda _: self.shelves.give_back(shelf))
+            raise
+        return shelf
 
     def forget(self, session: str) -> None:
         """The state of that session is no longer needed."""
@@ -314,6 +337,8 @@ class EngineSession:
         self.spec = spec
         self.busy_s = 0.0
         self.blocks = 0
+        self._begin = 0
+        """The block that it began with: 0, unless it was resumed."""
         self._rewind_blocks = rewind_blocks
         self._snapshot_every = max(1, round(snapshot_every_s / spec.block_seconds))
         self._furthest = 0
@@ -330,10 +355,17 @@ class EngineSession:
         self._turn = asyncio.Lock()
         self._closed = False
 
-    async def begin(self) -> None:
-        """Have the model encode picture and prompt."""
+    async def begin(self, resume: tuple[int, bytes] | None) -> None:
+        """Have the model encode picture and prompt, or restore a snapshot."""
         try:
-            await self._surely(0, lambda process: _nothing())
+            if resume is not None:
+                block, saved = resume
+                if not saved:
+                    raise AvatardError("saved state: is empty")
+                self.blocks = self._begin = self._furthest = block
+                self._snapshots = [_Snapshot(block, await self._engine.write(saved), len(saved))]
+                self._next_save = block + self._snapshot_every
+            await self._surely(self.blocks, lambda process: _nothing())
         except BaseException:
             await self.close()
             raise
@@ -363,6 +395,20 @@ class EngineSession:
         """The blocks still in flight. Raises: as `step`."""
         async with self._turn:
             return await self._surely(self.blocks, self._finish)
+
+    async def snapshot(self) -> bytes:
+        """The state before the next block, for `Engine.open` in this process or in another one of the same model.
+
+        It takes the place of the snapshot for when the model's process dies. Only tensors and plain values are in it,
+        and nothing in it is run when it is read.
+        Raises: as `step`; ModelFailure: the model has a state that cannot be saved.
+        """
+        async with self._turn:
+            block = self.blocks
+            made = await self._surely(block, self._snapshot)
+            self._keep([*(kept for kept in self._snapshots if kept.block < block), made])
+            self._next_save = block + self._snapshot_every
+            return await self._engine.read(made.shelf, made.bytes)
 
     async def rewind(self, block: int) -> None:
         """Go back to before that block was made; the next step makes it again.
@@ -472,10 +518,28 @@ class EngineSession:
 
     # Snapshots.
 
+    async def _snapshot(self, process: ModelProcess) -> _Snapshot:
+        """One of the state as it is now, on a shelf that is nobody else's yet."""
+        shelves, limit_s = self._engine.shelves, self._engine.settings.step_timeout_s
+        while True:
+            shelf = shelves.take()
+            header = {"op": "snapshot", "offset": shelf.offset, "room": shelf.room}
+            answer = process.send(header, session=self.id, limit_s=limit_s)
+            try:
+                size = (await asyncio.shield(answer)).bytes
+            except BaseException:
+                # Of a call that was cancelled it may yet be written to.
+                answer.add_done_callback(lambda _, shelf=shelf: shelves.give_back(shelf))
+                raise
+            if size <= shelf.room:
+                return _Snapshot(self.blocks, shelf, size)
+            shelves.give_back(shelf)
+            shelves.bytes = max(shelves.bytes, size)
+
     @property
     def _first_needed(self) -> int:
         """The first block that a rewind may ask for."""
-        return max(0, self._furthest - self._rewind_blocks)
+        return max(self._begin, self._furthest - self._rewind_blocks)
 
     def _save(self) -> None:
         """Ask for a snapshot when it is time for one; nobody waits for it."""
@@ -588,6 +652,21 @@ class _Shelves:
 
 async def _nothing() -> None:
     pass
+
+
+def _read_all(descriptor: int, size: int, offset: int) -> bytes:
+    parts = []
+    while size:
+        parts.append(os.pread(descriptor, size, offset))
+        size, offset = size - len(parts[-1]), offset + len(parts[-1])
+    return b"".join(parts)
+
+
+def _write_all(descriptor: int, content: bytes, offset: int) -> None:
+    rest = memoryview(content)
+    while rest:
+        done = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[done:], offset + done
 
 
 def _expected() -> asyncio.Future[ModelProcess]:
