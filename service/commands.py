@@ -10,15 +10,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from audio.errors import AvatardError
 
 Reason = Literal[
-    "invalid", "forbidden", "not found", "conflict", "too large", "full", "paused", "unavailable", "unauthorised"
+    "invalid",
+    "forbidden",
+    "not found",
+    "conflict",
+    "too large",
+    "busy",
+    "full",
+    "paused",
+    "unavailable",
+    "unauthorised",
 ]
+"""busy: this caller asks too often; full: whoever asks, there is no room."""
 
 ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Of a job or a session: it becomes part of topics, addresses and names of files."""
 
 Identity = Annotated[str, Field(pattern=ID)]
 Text = Annotated[str, Field(max_length=20_000)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
 class Refusal(AvatardError):
@@ -37,11 +47,37 @@ class _Command(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _source_schema(schema: dict[str, Any]) -> None:
+    """What the validators of Source say, for who reads the schema: a text, or an object with one of its fields."""
+    properties = schema.pop("properties")
+    each = [{"required": [name], "properties": {name: {"type": "string"}}} for name in properties]
+    whole = {"type": "object", "properties": properties, "additionalProperties": False, "oneOf": each}
+    schema.clear()
+    schema |= {"title": "Source", "anyOf": [{"type": "string", "minLength": 1}, whole]}
+
+
+def _job_schema(schema: dict[str, Any]) -> None:
+    """Audio or text, one of them."""
+    none, text = {"type": "null"}, {"type": "string", "pattern": r"\S"}
+    schema["oneOf"] = [
+        {"required": ["audio"], "properties": {"audio": {"not": none}, "text": none}},
+        {"required": ["text"], "properties": {"text": text, "audio": none}},
+    ]
+
+
+def _change_schema(schema: dict[str, Any]) -> None:
+    """Image, prompt or both."""
+    given = {"not": {"type": "null"}}
+    schema["anyOf"] = [{"required": [name], "properties": {name: given}} for name in ("image", "prompt")]
+
+
 class Source(_Command):
     """Where a picture or a sound is: exactly one of a file on the daemon's machine, an address, base64, or an upload.
 
     A plain text is taken as an address when it begins like one, and as a path when it does not.
     """
+
+    model_config = ConfigDict(json_schema_extra=_source_schema)
 
     path: str | None = Field(None, min_length=1, max_length=4096)
     url: str | None = Field(None, min_length=1, max_length=8192)
@@ -70,6 +106,8 @@ class SubmitJob(_Command):
     id: names the job, and is its idempotency key: the same command with the same id is the same job. audio or text:
     what is said. name: of the result, below the folder of results.
     """
+
+    model_config = ConfigDict(json_schema_extra=_job_schema)
 
     id: Identity | None = None
     image: Source | None = Field(None, description="who speaks; without one: the daemon's own presenter")
@@ -105,11 +143,13 @@ class Say(_Command):
 
     text: Text = Field(..., min_length=1)
     voice: str | None = Field(None, max_length=128)
-    interrupt: bool = False
+    interrupt: bool = Field(False, strict=True)
 
 
 class Change(_Command):
     """Another picture or another prompt, from the next block on."""
+
+    model_config = ConfigDict(json_schema_extra=_change_schema)
 
     image: Source | None = None
     prompt: Text | None = None
