@@ -5,6 +5,7 @@ Nothing here imports torch, so that the daemon and its command line start at onc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -112,6 +113,18 @@ class AvatarModel(Protocol):
 
     def finish(self, state: State) -> list[FrameBlock]:
         """The blocks still in flight."""
+        ...
+
+
+@runtime_checkable
+class Piecewise(Protocol):
+    """What a model has beside its four calls when a block's first frames are ready well before its last."""
+
+    def step_in_pieces(self, state: State, audio: AudioBlock) -> Iterator[FrameBlock]:
+        """As `step`, each part of the block as soon as it is there; together they are what `step` gives.
+
+        `state` is advanced, in place, once the last part was taken: the iterator has to be exhausted.
+        """
         ...
 
 

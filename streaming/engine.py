@@ -370,9 +370,11 @@ class EngineSession:
             await self.close()
             raise
 
-    async def step(self, audio: AudioBlock) -> list[FrameBlock]:
+    async def step(self, audio: AudioBlock, on_frames: Callable[[FrameBlock], None] | None = None) -> list[FrameBlock]:
         """Advance by one block of sound; a step that is cancelled counts, and its frames are lost.
 
+        on_frames: called with each part of the block as soon as it is there, where the model makes it in parts; with
+            what came before again, when the process dies on the way.
         Raises: AvatardError, as the model said it, or ModelFailure: the session is where it was before the step;
         EngineError: the process died too often at this block, or will not be started again.
         """
@@ -382,7 +384,7 @@ class EngineSession:
             self.blocks = number + 1
             self._furthest = max(self._furthest, self.blocks)
             try:
-                blocks = await self._surely(number, lambda process: self._advance(process, "step", number))
+                blocks = await self._surely(number, lambda process: self._advance(process, "step", number, on_frames))
             except Exception:
                 self._sound.pop(number, None)
                 self.blocks = number
@@ -490,21 +492,33 @@ class EngineSession:
         self._there = _Place(process, start, start)
         await self._ask(process, header, image.tobytes(), self._engine.settings.load_timeout_s)
 
-    async def _advance(self, process: ModelProcess, op: str, number: int) -> list[FrameBlock]:
+    async def _advance(
+        self,
+        process: ModelProcess,
+        op: str,
+        number: int,
+        on_frames: Callable[[FrameBlock], None] | None = None,
+    ) -> list[FrameBlock]:
         """Make that block: "step" gives its frames, "replay" none."""
         assert self._there is not None
         sound = self._sound[number]
         self._there.block = number + 1
-        return (await self._ask(process, {"op": op, "block": number, **sound.header}, sound.samples)).blocks
+        header = {"op": op, "block": number, "pieces": on_frames is not None, **sound.header}
+        return (await self._ask(process, header, sound.samples, on_frames=on_frames)).blocks
 
     async def _finish(self, process: ModelProcess) -> list[FrameBlock]:
         return (await self._ask(process, {"op": "finish"})).blocks
 
     async def _ask(
-        self, process: ModelProcess, header: dict[str, Any], body: bytes = b"", limit_s: float | None = None
+        self,
+        process: ModelProcess,
+        header: dict[str, Any],
+        body: bytes = b"",
+        limit_s: float | None = None,
+        on_frames: Callable[[FrameBlock], None] | None = None,
     ) -> Answer:
         limit_s = self._engine.settings.step_timeout_s if limit_s is None else limit_s
-        answer = process.send(header, body, session=self.id, limit_s=limit_s)
+        answer = process.send(header, body, session=self.id, limit_s=limit_s, on_frames=on_frames)
         answer.add_done_callback(self._note_failure)
         self._under_way = answer
         made = await asyncio.shield(answer)

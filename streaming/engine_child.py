@@ -6,7 +6,8 @@ is a JSON header and bytes:
     to the child                                          from the child
     load     model size steps options slots               ready   spec, load_s
     open     id session history shape prompt seed + image done    id seconds bytes
-    step     id session block start valid samples + sound block   id slot frames start    + sound; before its `done`
+    step     id session block start valid samples pieces  block   id slot frames start    + sound; before its `done`
+             + sound
     replay   like step; its blocks are not sent           failed  id kind message trace; kind is user, bug or fault
     finish   id session
     rewind   id session block
@@ -34,7 +35,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
@@ -42,7 +43,7 @@ import numpy as np
 
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
-from avatar.model import AvatarModel, FrameBlock, Reference, Resumable, State
+from avatar.model import AvatarModel, FrameBlock, Piecewise, Reference, Resumable, State
 
 HEAD = struct.Struct("<II")
 """Lengths in bytes of the JSON header and of what follows it."""
@@ -151,7 +152,7 @@ class Child:
             case "step":
                 self._send_blocks(header["id"], self._step(self._sessions[name], header, body))
             case "replay":
-                self._step(self._sessions[name], header, body)
+                list(self._step(self._sessions[name], header, body))
             case "finish":
                 self._send_blocks(header["id"], self._model.finish(self._sessions[name].state))
             case "rewind":
@@ -162,12 +163,15 @@ class Child:
                 self._sessions.pop(name, None)
         return 0
 
-    def _step(self, session: Kept, header: dict[str, Any], body: bytes) -> list[FrameBlock]:
+    def _step(self, session: Kept, header: dict[str, Any], body: bytes) -> Iterable[FrameBlock]:
         if session.depth:
             self._remember(session, header["block"])
         sound = np.frombuffer(body, np.float32)
         samples, ahead = sound[: header["samples"]], sound[header["samples"] :]
-        return self._model.step(session.state, AudioBlock(samples, header["start"], header["valid"], ahead))
+        audio = AudioBlock(samples, header["start"], header["valid"], ahead)
+        if header["pieces"] and isinstance(self._model, Piecewise):
+            return self._model.step_in_pieces(session.state, audio)
+        return self._model.step(session.state, audio)
 
     # What a session was, and what it can be again.
 
@@ -224,7 +228,7 @@ class Child:
 
     # Messages.
 
-    def _send_blocks(self, request: int, blocks: Sequence[FrameBlock]) -> None:
+    def _send_blocks(self, request: int, blocks: Iterable[FrameBlock]) -> None:
         for block in blocks:
             slot = self._take_slot()
             frames = np.ascontiguousarray(block.frames)

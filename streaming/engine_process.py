@@ -120,19 +120,25 @@ class ModelProcess:
         return await asyncio.shield(self._ready)
 
     def send(
-        self, header: dict[str, Any], body: bytes = b"", *, session: str, limit_s: float
+        self,
+        header: dict[str, Any],
+        body: bytes = b"",
+        *,
+        session: str,
+        limit_s: float,
+        on_frames: Callable[[FrameBlock], None] | None = None,
     ) -> asyncio.Future[Answer]:
         """Send one request; its answer, or AvatardError, ModelFailure or ProcessDied.
 
         Who no longer waits for the answer leaves the request where it is: `asyncio.shield` the future.
-        limit_s: from when the process begins with it.
+        limit_s: from when the process begins with it; on_frames: called with each block, or piece of one, as it comes.
         """
         answer: asyncio.Future[Answer] = _future()
         if self.death is not None:
             answer.set_exception(ProcessDied(str(self.death), None))
             return answer
         number = next(self._numbers)
-        self._requests[number] = _Request(answer, session, header["op"], limit_s)
+        self._requests[number] = _Request(answer, session, header["op"], limit_s, on_frames)
         self.tell({**header, "id": number, "session": session}, body)
         if len(self._requests) == 1:
             self._watch_first()
@@ -195,7 +201,10 @@ class ModelProcess:
                         frames = memory[header["slot"], : int(np.prod(shape))].reshape(shape).copy()
                         self.tell({"op": "free", "slot": header["slot"]})
                         block = FrameBlock(frames, np.frombuffer(body, np.float32), header["start"])
-                        self._requests[header["id"]].made.blocks.append(block)
+                        request = self._requests[header["id"]]
+                        request.made.blocks.append(block)
+                        if request.on_frames is not None:
+                            request.on_frames(block)
                     case "done":
                         made = self._requests[header["id"]].made
                         made.seconds, made.bytes = header["seconds"], header["bytes"]
@@ -263,6 +272,7 @@ class _Request:
     session: str
     op: str
     limit_s: float
+    on_frames: Callable[[FrameBlock], None] | None
     made: Answer = field(default_factory=Answer)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -41,8 +42,8 @@ WARM_UP_BLOCKS = 5
 """Blocks of silence made before going on air; the first two pay for caches and lazy set-up and are not measured."""
 
 RECENT_STEPS = 20
-MARGIN_S = 0.05
-"""Between a block's frames being ready and the first of them being due, beside the time a step is known to take."""
+MARGIN_S = 0.02
+"""Between a frame being ready and being due, beside the time it is known to take."""
 
 PENDING_S = 1.0
 """Sound in the cutter after which no more is read: who pushes has to wait, and a pipe fills."""
@@ -63,7 +64,7 @@ class LiveModel(Protocol):
     spec: StreamSpec
     blocks: int
 
-    async def step(self, audio: AudioBlock) -> list[FrameBlock]: ...
+    async def step(self, audio: AudioBlock, on_frames: Callable[[FrameBlock], None]) -> list[FrameBlock]: ...
 
     async def rewind(self, block: int) -> None: ...
 
@@ -116,7 +117,7 @@ class LiveStatus:
 
 @dataclass
 class _Block:
-    """One block of the programme: its sound since it was cut, its pictures since the model made them.
+    """One block of the programme: its sound since it was cut, its pictures as far as the model has made them.
 
     number, model: which step of which model made it or is making it; None before, and when it was skipped.
     heard: the sound that this step was given; the sound of the block may have been cut off since.
@@ -124,7 +125,7 @@ class _Block:
 
     cut: LiveBlock
     heard: AudioBlock | None = None
-    pictures: NDArray[np.uint8] | None = None
+    pictures: list[NDArray[np.uint8]] = dataclasses.field(default_factory=list)
     number: int | None = None
     model: LiveModel | None = None
     settled: bool = False
@@ -167,6 +168,8 @@ class LiveSession:
         self._played = 0
         self._sound_sent = 0
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._needs: deque[float] = deque(maxlen=RECENT_STEPS)
+        """How long before its first frame was due a block had to be begun, for each of its frames to be in time."""
         self._redo_from: int | None = None
         self._replacement: LiveModel | None = None
         self._source_ended = False
@@ -311,11 +314,11 @@ class LiveSession:
                 spec.samples_per_block,
                 np.zeros(spec.lookahead_samples, np.float32),
             )
-            began = self._clock()
-            for made in await self._model.step(silence):
+            watch = _Stopwatch(self._clock, spec)
+            for made in await self._model.step(silence, watch.frames_came):
                 self._picture = made.frames[-1]
             if number >= 2:
-                self._steps.append(self._clock() - began)
+                self._note_step(watch)
         typical = _quantile(self._steps, 0.5)
         if typical > spec.block_seconds:
             log.warning(
@@ -433,10 +436,10 @@ class LiveSession:
             block.settled, block.number, block.model = True, model.blocks, model
             block.heard = block.cut.audio
             audio = dataclasses.replace(block.heard, start=model.blocks * self._spec.samples_per_block)
-            began = self._clock()
+            watch = _Stopwatch(self._clock, self._spec, functools.partial(self._show, model))
             self._at_work = True
             try:
-                made = await model.step(audio)
+                await model.step(audio, watch.frames_came)
             except Exception as error:
                 failures += 1
                 if failures == FAILURES:
@@ -449,16 +452,19 @@ class LiveSession:
             finally:
                 self._at_work = False
             failures = 0
-            self._steps.append(self._clock() - began)
-            for part in made:
-                self._show(part, model)
+            self._note_step(watch)
 
-    def _show(self, made: FrameBlock, model: LiveModel) -> None:
+    def _show(self, model: LiveModel, made: FrameBlock) -> None:
         """Put pictures where they belong, unless the sound they were made of was cut off meanwhile."""
-        number = made.start // self._spec.frames_per_block
+        number, first = divmod(made.start, self._spec.frames_per_block)
         for block in self._blocks.values():
             if block.model is model and block.number == number and block.heard is block.cut.audio:
-                block.pictures = made.frames
+                # In place of those that were there, where they came twice or are made anew.
+                block.pictures[first : first + len(made.frames)] = made.frames
+
+    def _note_step(self, watch: _Stopwatch) -> None:
+        self._steps.append(watch.taken_s)
+        self._needs.append(watch.need_s)
 
     async def _settle_requests(self) -> None:
         """Between two steps: go back after an interruption, change to another model."""
@@ -472,7 +478,7 @@ class LiveSession:
             for index, block in again.items():
                 block.settled, block.number = False, None
                 if index * self._spec.frames_per_block > self._frame:
-                    block.pictures = None
+                    block.pictures = []
         if self._replacement is not None:
             old, self._model, self._replacement = self._model, self._replacement, None
             await old.close()
@@ -486,7 +492,7 @@ class LiveSession:
         if index * frames <= self._frame:
             # On the screen. Its mouth closes sooner if it is made anew, unless it is over by then.
             left_s = -self._pacer.late_s((index + 1) * frames)
-            if block.pictures is not None and left_s < self._typical_s() + MARGIN_S:
+            if block.pictures and left_s < self._typical_s() + MARGIN_S:
                 first = index + 1
         self._redo_from = first if self._redo_from is None else min(first, self._redo_from)
         self._news.set()
@@ -519,7 +525,7 @@ class LiveSession:
             while index >= self._next_block:
                 self._cut_next()
             block = self._blocks[index]
-            if block.pictures is not None:
+            if shown < len(block.pictures):
                 self._picture = block.pictures[shown]
             elif self._frame:
                 self._held += 1
@@ -576,7 +582,7 @@ class LiveSession:
 
     def _needed_s(self) -> float:
         """How long before it is due a block must be cut to be made in time; beyond a block nothing gets better."""
-        return min(_quantile(self._steps, 0.9) * 1.1 + MARGIN_S, self._spec.block_seconds)
+        return min(_quantile(self._needs, 0.9) * 1.1 + MARGIN_S, self._spec.block_seconds)
 
     def _lead_s(self) -> float:
         return self._needed_s() + self._settings.lead_s
@@ -584,12 +590,32 @@ class LiveSession:
     def _ahead_s(self) -> float:
         ready = self._frame
         frames = self._spec.frames_per_block
-        while (block := self._blocks.get(ready // frames)) is not None and block.pictures is not None:
-            ready = (ready // frames + 1) * frames
+        while (block := self._blocks.get(ready // frames)) is not None and len(block.pictures) > ready % frames:
+            ready += len(block.pictures) - ready % frames
         return (ready - self._frame) / self._spec.fps
 
     async def _in_encoder(self, work: Callable[..., list[Packet]], *arguments: object) -> list[Packet]:
         return await asyncio.get_running_loop().run_in_executor(self._encoder_thread, work, *arguments)
+
+
+class _Stopwatch:
+    """One step of the model, from now on.
+
+    taken_s: until its last frame came; need_s: the most by which a frame came later than it is shown after the first.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], spec: StreamSpec, pass_on: Callable[[FrameBlock], None] = lambda made: None
+    ) -> None:
+        self._clock, self._spec, self._pass_on = clock, spec, pass_on
+        self._began = clock()
+        self.taken_s = self.need_s = 0.0
+
+    def frames_came(self, made: FrameBlock) -> None:
+        self.taken_s = self._clock() - self._began
+        place = made.start % self._spec.frames_per_block
+        self.need_s = max(self.need_s, self.taken_s - place / self._spec.fps)
+        self._pass_on(made)
 
 
 def _quantile(values: Sequence[float] | deque[float], q: float) -> float:

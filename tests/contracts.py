@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from audio.blocks import BlockCutter
 from audio.chunk import AudioChunk
-from avatar.model import AvatarModel, FrameBlock, Reference, Resumable, StreamSpec
+from avatar.model import AvatarModel, FrameBlock, Piecewise, Reference, Resumable, StreamSpec
 from avatar.stateful import clone, load, save
 from streaming.encoder import SOUND_RATE, Encoder, EncoderSettings
 from streaming.sinks import Sink
@@ -35,6 +36,8 @@ def check_model(model: AvatarModel, blocks: int = 3, tail_frames: int = 5) -> No
     assert [len(block.frames) for block in whole] == [spec.frames_per_block] * blocks + [tail_frames]
     np.testing.assert_allclose(np.concatenate([block.audio for block in whole]), sound, atol=1e-6)
 
+    if isinstance(model, Piecewise):
+        _check_pieces(model, reference, sound, whole)
     _same(_speak(model, reference, sound, [777]), whole, "the frames depend on how the sound was chunked")
     _same(_speak(model, reference, sound, [len(sound)]), whole, "the same seed gave other frames")
     _check_sessions_are_isolated(model, reference, sound, whole)
@@ -124,6 +127,20 @@ def _check_a_saved_state_goes_on(
     for one, what in ((state, "saving a state changed it"), (other, "a saved state did not go on as the original did")):
         again = [made for block in rest for made in model.step(one, block)]
         _same([*before, *again, *model.finish(one)], whole, what)
+
+
+def _check_pieces(model: Any, reference: Reference, sound: np.ndarray, whole: Sequence[FrameBlock]) -> None:
+    """The pieces of a block are the block: the same frames, to a rounding of the last level, and the same sound."""
+    state = model.start(reference)
+    pieces = [piece for audio in _cut(model.spec, sound, [len(sound)]) for piece in model.step_in_pieces(state, audio)]
+    assert len(pieces) > len(whole)
+    at = 0
+    for piece in pieces:
+        assert piece.start == at, "pieces follow each other"
+        at += len(piece.frames)
+    frames, expected = (np.concatenate([part.frames for part in parts]).astype(int) for parts in (pieces, whole))
+    assert np.abs(frames - expected).max() <= 1, "the frames depend on whether they come in pieces"
+    np.testing.assert_array_equal(*(np.concatenate([part.audio for part in parts]) for parts in (pieces, whole)))
 
 
 def _speak(model: AvatarModel, reference: Reference, sound: np.ndarray, lengths: Sequence[int]) -> list[FrameBlock]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -411,13 +411,22 @@ class LiveAvatar:
 
     def step(self, state: Session, audio: AudioBlock) -> list[FrameBlock]:
         """Advance `state` in place by one block of sound; its frames. An empty list for a block without sound."""
+        return list(self._speak(state, audio, LATENTS_PER_BLOCK))
+
+    def step_in_pieces(self, state: Session, audio: AudioBlock) -> Iterator[FrameBlock]:
+        """As `step`, four frames at a time: the first come before the rest is decoded."""
+        return self._speak(state, audio, 1)
+
+    @torch.no_grad()
+    def _speak(self, state: Session, audio: AudioBlock, latents_at_once: int) -> Iterator[FrameBlock]:
         start = FRAMES_PER_BLOCK * state.block
-        video = self.decode(state, self.denoise(state, audio))
-        count = math.ceil(audio.valid / self.spec.samples_per_frame)
-        if count == 0:
-            return []
-        frames = to_host(to_uint8(video[0])).numpy()[:count]
-        return [FrameBlock(frames, audio.samples[: audio.valid], start)]
+        sounds, samples = audio.samples[: audio.valid], self.spec.samples_per_frame
+        for video in self._decoded(state, self.denoise(state, audio), latents_at_once):
+            length = video.shape[2]
+            sound, sounds = sounds[: length * samples], sounds[length * samples :]
+            if shown := math.ceil(len(sound) / samples):
+                yield FrameBlock(to_host(to_uint8(video[0])).numpy()[:shown], sound, start)
+            start += length
 
     def finish(self, state: Session) -> list[FrameBlock]:
         """Nothing is in flight: steps run in sequence."""
@@ -459,16 +468,23 @@ class LiveAvatar:
     @torch.no_grad()
     def decode(self, state: Session, latents: Tensor) -> Tensor:
         """Pixels [1, 3, 12, H, W] in [-1, 1] of a block's latents; advances the decoder of `state`."""
+        (video,) = self._decoded(state, latents, LATENTS_PER_BLOCK)
+        return video
+
+    def _decoded(self, state: Session, latents: Tensor, latents_at_once: int) -> Iterator[Tensor]:
+        """What `decode` gives, in parts."""
         options = self.options
         per_clip = options.decoding is Decoding.PER_CLIP
         if per_clip and state.decoded and state.decoded % options.clip_blocks == 0:
             state.vae = prime(self.vae, self._encode_history(state)[:, :, -options.prime_latents :])
-        video = self.vae.decode(latents, state.vae)
+        parts: list[Tensor] = []
+        for part in latents.split(latents_at_once, dim=2):
+            parts.append(self.vae.decode(part, state.vae))
+            yield parts[-1]
         state.decoded += 1
         if options.keeps_history and (per_clip or state.decoded <= options.clip_blocks):
-            state.shown.append(video.to(self.vae.dtype))
+            state.shown.append(torch.cat(parts, 2).to(self.vae.dtype))
             del state.shown[: -math.ceil(options.motion_frames / FRAMES_PER_BLOCK)]
-        return video
 
     @torch.no_grad()
     def set_pose(self, state: Session, video: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -196,15 +196,25 @@ class PocketModel:
         latent = self.networks.vae.encode(still.expand(1, FRAMES_PER_LATENT, -1, -1, -1))
         return self.begin(latent, reference.seed)
 
-    @torch.no_grad()
     def step(self, state: Session, audio: AudioBlock) -> list[FrameBlock]:
         """Advance `state` in place by one block of sound; its frames. An empty list for a block without sound."""
+        return list(self._speak(state, audio, LATENTS_PER_BLOCK))
+
+    def step_in_pieces(self, state: Session, audio: AudioBlock) -> Iterator[FrameBlock]:
+        """As `step`, four frames at a time: the first after half the time of a block, all of them 5 % later."""
+        return self._speak(state, audio, 1)
+
+    @torch.no_grad()
+    def _speak(self, state: Session, audio: AudioBlock, latents_at_once: int) -> Iterator[FrameBlock]:
         start = FRAMES_PER_BLOCK * state.block
-        frames = to_uint8(self.decode(state, self.denoise(state, *self.listen(state, audio))))
-        count = math.ceil(audio.valid / self.spec.samples_per_frame)
-        if count == 0:
-            return []
-        return [FrameBlock(frames[:count], audio.samples[: audio.valid], start)]
+        sounds, samples = audio.samples[: audio.valid], self.spec.samples_per_frame
+        latents = self.denoise(state, *self.listen(state, audio))
+        for part in latents.split(latents_at_once, dim=1):
+            frames = to_uint8(self.decode(state, part))
+            sound, sounds = sounds[: len(frames) * samples], sounds[len(frames) * samples :]
+            if shown := math.ceil(len(sound) / samples):
+                yield FrameBlock(frames[:shown], sound, start)
+            start += len(frames)
 
     def finish(self, state: Session) -> list[FrameBlock]:
         """Nothing is in flight: steps run in sequence."""
@@ -266,7 +276,7 @@ class PocketModel:
         return REFERENCE_DISTANCE.positions(f0, self.options.steps, generator)
 
     def decode(self, state: Session, latents: Tensor) -> Tensor:
-        """Frames [1, 12, 3, 256, 256] in about -1..1; advances the decoder of `state`."""
+        """Frames [1, 4 T, 3, 256, 256] in about -1..1 of T latents; advances the decoder of `state`."""
         return self.networks.vae.decode(latents.to(self.networks.dtype), state.decoder)
 
 

@@ -495,9 +495,12 @@ class OnTheClock:
     def blocks(self) -> int:
         return self._state.blocks
 
-    async def step(self, audio: Any) -> list[Any]:
+    async def step(self, audio: Any, on_frames: Any) -> list[Any]:
         await asyncio.sleep(0.1)
-        return self._toy.step(self._state, audio)
+        made = self._toy.step(self._state, audio)
+        for block in made:
+            on_frames(block)
+        return made
 
     async def rewind(self, block: int) -> None:
         raise AssertionError("nobody interrupts")

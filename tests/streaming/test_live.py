@@ -17,7 +17,7 @@ from virtual_loop import VirtualLoop, run_virtual
 from audio.chunk import AudioChunk
 from audio.errors import AvatardError
 from audio.source import PushSource
-from avatar.model import Reference
+from avatar.model import FrameBlock, Reference
 from avatar.stateful import clone, restore
 from streaming.lane import Lane, LanePolicy
 from streaming.live import LiveSession, LiveSettings, LiveStatus
@@ -32,12 +32,19 @@ class InVirtualTime:
     """The toy as an engine's session, a step of which takes virtual seconds."""
 
     def __init__(
-        self, reference: Reference, step_s: float, times: dict[int, float], failures: set[int], delay: int
+        self,
+        reference: Reference,
+        step_s: float,
+        times: dict[int, float],
+        failures: set[int],
+        delay: int,
+        frames_at_once: int,
     ) -> None:
         self.toy = ToyModel((64, 64), delay=delay)
         self.spec = self.toy.spec
         self.state: ToyState = self.toy.start(reference)
         self.step_s, self.times, self.failures = step_s, times, failures
+        self.frames_at_once = frames_at_once
         self.before: list[ToyState] = []
         self.closed = False
 
@@ -45,13 +52,20 @@ class InVirtualTime:
     def blocks(self) -> int:
         return self.state.blocks
 
-    async def step(self, audio):
+    async def step(self, audio, on_frames):
         assert not self.closed
-        await asyncio.sleep(self.times.get(self.blocks, self.step_s))
+        size = self.frames_at_once
+        piece_s = self.times.get(self.blocks, self.step_s) * size / self.spec.frames_per_block
+        await asyncio.sleep(piece_s)
         if self.blocks in self.failures:
             raise AvatardError(f"toy: block {self.blocks} is not to my taste")
         self.before.append(clone(self.state))
-        return self.toy.step(self.state, audio)
+        made = self.toy.step(self.state, audio)
+        for block in made:
+            for at in range(0, len(block.frames), size):
+                await asyncio.sleep(piece_s if at else 0)
+                on_frames(FrameBlock(block.frames[at : at + size], block.audio, block.start + at))
+        return made
 
     async def rewind(self, block: int) -> None:
         assert self.blocks - block <= 3
@@ -73,6 +87,7 @@ class OnAir:
         failures: set[int] | None = None,
         settings: LiveSettings | None = None,
         delay: int = 0,
+        frames_at_once: int = 12,
     ) -> None:
         self.path = folder / "live.mp4"
         self.loop = asyncio.get_running_loop()
@@ -80,7 +95,7 @@ class OnAir:
         self.source = PushSource(48_000, ahead_s=60)
         self.models: list[InVirtualTime] = []
         self.changes: list[tuple[float, str]] = []
-        self.how = (step_s, times or {}, failures or set(), delay)
+        self.how = (step_s, times or {}, failures or set(), delay, frames_at_once)
         self.stop = asyncio.Event()
         self.lane = file_lane(self.path, self.loop.time)
         self.session = LiveSession(
@@ -237,6 +252,23 @@ def test_a_voice_in_real_time_is_late_by_no_more_than_a_block_and_what_a_block_t
     file, _, _ = broadcast(tmp_path, show)
     for click, said in zip(file.clicks(), (2.7, 5.2), strict=True):
         assert 0 < click - said <= BLOCK_S + 0.36
+
+
+def test_the_first_frames_of_a_block_are_not_kept_waiting_for_its_last(tmp_path):
+    async def show(air):
+        await air.until(2.2)
+        await air.say(clicks_at([0.5], 2.0, 48_000), 0.02)
+        await air.until(6.0)
+
+    heard = {}
+    for frames_at_once in (12, 4):
+        (tmp_path / str(frames_at_once)).mkdir()
+        how = {"step_s": 0.3, "frames_at_once": frames_at_once}
+        file, status, _ = broadcast(tmp_path / str(frames_at_once), show, **how)
+        assert status.held == 0
+        assert file.flashes() == pytest.approx(file.clicks(), abs=0.04)
+        heard[frames_at_once] = file.clicks()[0]
+    assert heard[4] == pytest.approx(heard[12] - 1.1 * 0.2, abs=0.03)
 
 
 def test_a_model_that_is_too_slow_is_told_of_and_never_delays_the_sound(tmp_path, caplog):
