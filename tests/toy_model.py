@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
-from avatar.model import AvatarModel, FrameBlock, Part, Reference, StreamSpec
+from avatar.model import AvatarModel, FrameBlock, Part, Piecewise, Reference, StreamSpec
 
 CLICK = 0.5
 """A frame is white when its sound reaches this."""
@@ -135,12 +136,15 @@ def load_flashing(size: tuple[int, int] | None, steps: int | None, options: dict
     model = load_model(own.pop("model", "pocket"), size, steps, own)
     step, finish, length = model.step, model.finish, model.spec.samples_per_frame
 
-    def flashing(blocks: list[FrameBlock]) -> list[FrameBlock]:
+    def flashing(blocks: Iterable[FrameBlock]) -> Iterator[FrameBlock]:
         for block in blocks:
             for index, frame in enumerate(block.frames):
                 flash(frame, block.audio[index * length : (index + 1) * length], length)
-        return blocks
+            yield block
 
-    model.step = lambda state, audio: flashing(step(state, audio))
-    model.finish = lambda state: flashing(finish(state))
+    model.step = lambda state, audio: list(flashing(step(state, audio)))
+    model.finish = lambda state: list(flashing(finish(state)))
+    if isinstance(model, Piecewise):
+        in_pieces = model.step_in_pieces
+        model.step_in_pieces = lambda state, audio: flashing(in_pieces(state, audio))
     return model
