@@ -102,6 +102,7 @@ class InputsSection(_Section):
     max_mb: float = Field(200.0, gt=0, description="of one picture or sound, in millions of bytes")
     fetch_s: float = Field(30.0, gt=0, le=3600, description="seconds until a fetch is given up")
     spool_hours: float = Field(24.0, gt=0, description="until an upload that no job needs is deleted")
+    spool_gb: float = Field(20.0, gt=0, description="of what was brought from outside, in thousands of megabytes")
 
 
 class JobsSection(_Section):
