@@ -117,8 +117,7 @@ class Inputs:
 
     async def adopt(self, path: Path, kind: Kind) -> Path:
         """A file that the operator named in the settings, wherever it lies, as `fetch` gives it. Raises: Refusal."""
-        parts = self._read(lambda: open(os.path.expanduser(path), "rb"), str(path))
-        return await self._bring(parts, kind, str(path))
+        return await self._bring(self._read(lambda: path.expanduser().open("rb"), str(path)), kind, str(path))
 
     async def keep(self, stream: AsyncIterator[bytes], kind: Kind, name: str = "") -> Path:
         """An upload as a file in the spool, whole and on the disk, looked into; its name is what `upload` refers to.
