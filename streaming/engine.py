@@ -534,21 +534,25 @@ class EngineSession:
 
     async def _snapshot(self, process: ModelProcess) -> _Snapshot:
         """One of the state as it is now, on a shelf that is nobody else's yet."""
-        shelves, limit_s = self._engine.shelves, self._engine.settings.step_timeout_s
+        shelves = self._engine.shelves
         while True:
             shelf = shelves.take()
-            header = {"op": "snapshot", "offset": shelf.offset, "room": shelf.room}
-            answer = process.send(header, session=self.id, limit_s=limit_s)
-            try:
-                size = (await asyncio.shield(answer)).bytes
-            except BaseException:
-                # Of a call that was cancelled it may yet be written to.
-                answer.add_done_callback(lambda _, shelf=shelf: shelves.give_back(shelf))
-                raise
+            size = await self._write_snapshot(process, shelf)
             if size <= shelf.room:
                 return _Snapshot(self.blocks, shelf, size)
             shelves.give_back(shelf)
             shelves.bytes = max(shelves.bytes, size)
+
+    async def _write_snapshot(self, process: ModelProcess, shelf: _Shelf) -> int:
+        """Its bytes; it is not written where there is no room for them."""
+        header = {"op": "snapshot", "offset": shelf.offset, "room": shelf.room}
+        answer = process.send(header, session=self.id, limit_s=self._engine.settings.step_timeout_s)
+        try:
+            return (await asyncio.shield(answer)).bytes
+        except BaseException:
+            # Of a call that was cancelled it may yet be written to.
+            answer.add_done_callback(lambda _: self._engine.shelves.give_back(shelf))
+            raise
 
     @property
     def _first_needed(self) -> int:
@@ -585,8 +589,7 @@ class EngineSession:
             shelves.bytes = max(shelves.bytes, size)
             self._next_save = block
         if failure is not None and not isinstance(failure, ProcessDied):
-            self._unsaveable = failure
-            self._sound.clear()
+            self._unsaveable = failure  # what was said is forgotten after the next step, which may need it still
             log.warning(
                 "model %s: a session cannot be saved, so it does not outlive the model's process: %s",
                 self._engine.settings.model,
