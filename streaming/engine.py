@@ -124,6 +124,10 @@ class Engine:
         self.state: EngineState = "loading"
         self.restarts = 0
         """Processes that were started after the first one."""
+        self.steps = 0
+        """Blocks that were made, for whichever session; those made again after a death count."""
+        self.step_s = 0.0
+        """Seconds the model has worked for them."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -504,7 +508,10 @@ class EngineSession:
         sound = self._sound[number]
         self._there.block = number + 1
         header = {"op": op, "block": number, "pieces": on_frames is not None, **sound.header}
-        return (await self._ask(process, header, sound.samples, on_frames=on_frames)).blocks
+        made = await self._ask(process, header, sound.samples, on_frames=on_frames)
+        self._engine.steps += 1
+        self._engine.step_s += made.seconds
+        return made.blocks
 
     async def _finish(self, process: ModelProcess) -> list[FrameBlock]:
         return (await self._ask(process, {"op": "finish"})).blocks
