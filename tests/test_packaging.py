@@ -62,6 +62,7 @@ def test_weights_settings_and_examples_are_in_the_wheel(names: dict[str, int]) -
             f"examples/{name}"
             for name in ("presenter.png", "presenter_2.png", "welcome.wav", "story.mp3", "ni_hao.wav")
         ),
+        *(f"service/page/{path.name}" for path in (ROOT / "service" / "page").glob("*.*") if path.suffix != ".pyc"),
         "avatar/pocket/sentences.json",
         "avatar/pocket/MODEL_CARD.md",
     }
