@@ -26,6 +26,9 @@ class ConfigError(AvatardError):
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    on_hangup: typing.ClassVar[bool] = False
+    """Whether a running daemon takes new values at a SIGHUP; the others wait for its next start."""
+
 
 class ModelSection(_Section):
     """Which model speaks, and how."""
@@ -79,6 +82,8 @@ class LiveSection(_Section):
 class LimitsSection(_Section):
     """What is refused as too large."""
 
+    on_hangup = True
+
     audio_hours: float = Field(24.0, gt=0, description="hours of sound in one file")
     picture_megapixels: float = Field(80.0, gt=0, description="millions of pixels in one picture")
 
@@ -96,6 +101,8 @@ class DaemonSection(_Section):
 class InputsSection(_Section):
     """What a job or a session may refer to, from outside."""
 
+    on_hangup = True
+
     roots: tuple[Path, ...] = Field((), description="folders whose files may be named as path; none: no paths")
     urls: bool = Field(True, description="whether http and https addresses are fetched")
     private_addresses: bool = Field(False, description="whether addresses inside private networks are fetched")
@@ -108,6 +115,8 @@ class InputsSection(_Section):
 class JobsSection(_Section):
     """Durable jobs: a picture and a sound in, a file out."""
 
+    on_hangup = True
+
     queue: int = Field(10_000, ge=1, description="jobs that may wait; more are refused")
     attempts: int = Field(3, ge=1, le=100, description="times a job is begun whose run ended by no fault of its own")
     segment_s: float = Field(12.0, ge=1, le=600, description="seconds of video between two points to resume from")
@@ -118,6 +127,8 @@ class JobsSection(_Section):
 
 class SessionsSection(_Section):
     """Live sessions of the daemon."""
+
+    on_hangup = True
 
     limit: int = Field(2, ge=1, le=64, description="on air at once")
     idle_s: float = Field(900.0, gt=0, description="seconds without sound, viewer or output until one is closed")
@@ -196,6 +207,8 @@ class TokenSection(_Section):
 class AuthSection(_Section):
     """Who may do what over HTTP."""
 
+    on_hangup = True
+
     tokens: tuple[TokenSection, ...] = Field(
         (),
         description="each name, scopes (read, jobs, live, admin), and file or env; none: loopback only, no token asked",
@@ -206,6 +219,8 @@ class AuthSection(_Section):
 
 class LoggingSection(_Section):
     """What the daemon writes about itself."""
+
+    on_hangup = True
 
     level: typing.Literal["debug", "info", "warning", "error"] = Field("info", description="what is left out below it")
     format: typing.Literal["text", "json"] = Field("text", description="json: one object a line")
@@ -256,13 +271,27 @@ def load_settings(file: Path | None = None, assignments: Iterable[str] = (), **o
     return settings
 
 
+def reloaded(now: Settings, wanted: Settings) -> tuple[Settings, list[str]]:
+    """What a running daemon goes on with, and which settings that differ have to wait for its next start."""
+    taken = {name: section for name, section in wanted if type(section).on_hangup}
+    waiting = [
+        f"{name}.{key}"
+        for name, section in wanted
+        if name not in taken
+        for key, value in section
+        if value != getattr(getattr(now, name), key)
+    ]
+    return now.model_copy(update=taken), waiting
+
+
 def reference_yaml(settings: Settings | None = None, comments: bool = True) -> str:
     """Every setting with its value, as YAML; with what it means as a comment."""
     settings = settings or Settings()
     lines: list[str] = []
     for name, section in settings:
         if comments:
-            lines += ["", f"# {type(section).__doc__}"]
+            again = " A daemon reads them again on SIGHUP." if type(section).on_hangup else ""
+            lines += ["", f"# {type(section).__doc__}{again}"]
         lines.append(f"{name}:")
         for key, value in section:
             field = type(section).model_fields[key]
