@@ -1,0 +1,822 @@
+"""The MQTT trigger: jobs and sessions by messages. docs/mqtt.md describes them.
+
+What a broker delivers is acknowledged when it is on the disk (mqtt_ledger.py) or has been answered, never before; what
+an asker is to be told is read from the ledger and the store when there is a broker to tell it to. So nothing is lost
+with a connection, and nothing piles up in memory while there is none (mqtt_broker.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import sqlite3
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from audio.errors import AvatardError
+from service.app import App
+from service.commands import Change, OpenSession, Refusal, Say, Source
+from service.mqtt_broker import BrokerGone, CannotServe, Connection, Login, TooLong, stay_connected
+from service.mqtt_ledger import Debt, Ledger
+from service.mqtt_messages import (
+    FINISHED,
+    NOBODY,
+    SESSION_COMMANDS,
+    Asker,
+    Body,
+    Submission,
+    Topics,
+    chunk_count,
+    chunks,
+    encode,
+    is_id,
+    job_body,
+    read_asker,
+    read_command,
+    read_object,
+    read_submission,
+    refusal_body,
+)
+
+if TYPE_CHECKING:
+    import aiomqtt
+
+    from service.hub import News
+    from service.sessions import Session
+    from service.store import Job
+
+DECIDERS = 8
+"""Jobs whose picture and sound are fetched at once."""
+UNDECIDED = 1000
+"""Jobs that may wait for that; more are refused."""
+ATTEMPTS = 3
+"""Times a message is looked into that ends the daemon each time."""
+UPLOADS = 8
+"""Sounds that come in messages of their own at once."""
+UPLOAD_PARTS = 64
+"""Messages of one that wait for the disk, and the most seconds they do."""
+UPLOAD_WAIT_S = 5.0
+TELLERS = 8
+"""States and results on their way at once: each waits for the broker to have it."""
+COMMANDS = 32
+"""Commands other than jobs under way at once."""
+REPLIES = 256
+"""Answers to them that wait for the broker; the oldest are forgotten first."""
+LINE_BYTES, LINE_MESSAGES = 4_000_000, 512
+"""Said to one session, and not taken by it yet; more is left out, and counted."""
+KEPT_S = 3600
+"""For which the broker keeps the state of what has ended."""
+SESSION_KEPT_S = 60
+"""For which it keeps that of a session of which it hears nothing."""
+STATUS_EVERY_S = 2.0
+PROGRESS_EVERY_S = 0.5
+LARGE_BYTES = 64_000
+"""A message from which on it is read in a thread."""
+PCM = "s16le:16000:1"
+"""The sound on a session's audio topic, where nobody said otherwise."""
+
+DISK_RETRY_S = 10.0
+
+R = TypeVar("R")
+
+log = logging.getLogger(__name__)
+
+
+async def serve_mqtt(app: App) -> None:
+    """Take jobs and commands from the broker in the settings, and tell it what becomes of them, until cancelled.
+
+    Raises: ConfigError: a password, certificate or the state folder cannot be used. Whatever a broker does is no error.
+    """
+    login = await asyncio.to_thread(Login.read, app.settings)
+    ledger = await Ledger.open(app.settings.daemon.state)
+    try:
+        await _Mqtt(app, login, ledger).run()
+    finally:
+        await ledger.close()
+
+
+Key = tuple[Literal["job", "progress", "upload", "session", "reply"], str]
+
+
+class _Due:
+    """What is to be told: each thing once, however often it changes meanwhile, and by one teller at a time."""
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[Key, None] = OrderedDict()
+        self._busy: set[Key] = set()
+        self._changed = asyncio.Event()
+
+    def add(self, key: Key) -> None:
+        self._waiting[key] = None
+        self._changed.set()
+
+    @contextlib.asynccontextmanager
+    async def next(self) -> AsyncIterator[Key]:
+        """The oldest that nobody is telling. When telling it fails, it is due again."""
+        while (key := next((key for key in self._waiting if key not in self._busy), None)) is None:
+            self._changed.clear()
+            await self._changed.wait()
+        del self._waiting[key]
+        self._busy.add(key)
+        try:
+            yield key
+        except BaseException:
+            self._waiting[key] = None
+            raise
+        finally:
+            self._busy.discard(key)
+            self._changed.set()
+
+
+class _Upload:
+    """A sound on its way in messages. `n`: of its row in the ledger."""
+
+    def __init__(self, submission: Submission) -> None:
+        self.submission = submission
+        self.n = 0
+        self.parts: asyncio.Queue[bytes | Refusal] = asyncio.Queue(UPLOAD_PARTS)
+        """b"" is its end."""
+
+    def break_off(self, why: Refusal) -> None:
+        while not self.parts.empty():
+            self.parts.get_nowait()
+        self.parts.put_nowait(why)
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        while part := await self.parts.get():
+            if isinstance(part, Refusal):
+                raise part
+            yield part
+
+
+class _Line:
+    """What is said to one session, in its order; `feed` takes its sound."""
+
+    def __init__(self, session: Session, feed: Any) -> None:
+        self.session, self.feed = session, feed
+        self.task: asyncio.Task[None] | None = None
+        self._left_out = 0
+        self._error = ""
+        self._waiting: deque[tuple[bytes | Say | Change, int, Asker]] = deque()
+        self._bytes = 0
+        self._changed = asyncio.Event()
+
+    def add(self, said: bytes | Say | Change, size: int, asker: Asker) -> bool:
+        """size: about as many bytes. False: there is no room, and it is left out."""
+        if self._bytes + size > LINE_BYTES or len(self._waiting) >= LINE_MESSAGES:
+            self._left_out += 1
+            return False
+        self._waiting.append((said, size, asker))
+        self._bytes += size
+        self._changed.set()
+        return True
+
+    def interrupt(self) -> None:
+        """What was to be spoken is not."""
+        self._waiting = deque(item for item in self._waiting if isinstance(item[0], Change))
+        self._bytes = sum(size for _, size, _ in self._waiting)
+
+    def fail(self, error: str) -> None:
+        """Its sound could not be taken."""
+        self._error = error
+
+    def status(self) -> Body:
+        """What its sender cannot know otherwise: messages left out, and what is wrong with its sound."""
+        return {"left_out": self._left_out, "audio_error": self._error or None}
+
+    async def next(self) -> tuple[bytes | Say | Change, Asker]:
+        while not self._waiting:
+            self._changed.clear()
+            await self._changed.wait()
+        said, size, asker = self._waiting.popleft()
+        self._bytes -= size
+        return said, asker
+
+
+class _Mqtt:
+    """The trigger while the daemon lives, over one connection after the other."""
+
+    def __init__(self, app: App, login: Login, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app, self._ledger, self._clock = app, ledger, clock
+        self._login, self._daemon = login, login.client_id
+        mqtt = app.settings.mqtt
+        self._topics = Topics(mqtt.prefix, mqtt.group)
+        self._most_bytes = round(mqtt.max_payload_mb * 1e6)
+        # Without an HTTP server nobody could follow an address.
+        self._result = "path" if mqtt.result == "url" and not app.settings.http.enabled else mqtt.result
+        self._began = clock()
+        self._due = _Due()
+        self._tasks = asyncio.TaskGroup()
+        # Jobs: `owed` holds an id for each job in the ledger, so that news of other jobs cost nothing.
+        self._owed: set[str] = set()
+        self._undecided: asyncio.Queue[int] = asyncio.Queue()
+        self._deciding: dict[int, str] = {}
+        self._withdrawn: set[str] = set()
+        self._uploads: dict[str, _Upload] = {}
+        self._progress: dict[str, tuple[float, Body]] = {}
+        # Sessions and answers.
+        self._commands = 0
+        self._replies: OrderedDict[str, tuple[Asker, str, Body, str]] = OrderedDict()
+        self._reply_names = itertools.count()
+        self._lines: dict[str, _Line] = {}
+        self._ends: OrderedDict[str, Body] = OrderedDict()
+        self._told_sessions: set[str] = set()
+        self._followed: set[str] = set()
+
+    async def run(self) -> None:
+        # Listened to before the ledger is read: what happens from here on is not missed.
+        with self._app.hub.listen(1024) as news:
+            for n, id in await self._ledger.undecided():
+                self._decide_soon(id, n)
+            self._owed = set(await self._ledger.jobs())
+            if self._owed:
+                log.info("mqtt: %d jobs from before are still to be told about", len(self._owed))
+            async with self._tasks:
+                self._tasks.create_task(self._listen(news), name="mqtt news")
+                for _ in range(DECIDERS):
+                    self._tasks.create_task(self._decide_one_after_the_other(), name="mqtt intake")
+                await stay_connected(self._login, self._topics.own("available"), self._serve, self._clock)
+
+    # News of the daemon become due
+
+    async def _listen(self, news: AsyncIterator[News]) -> None:
+        async for item in news:
+            if item.missed:
+                self._everything_is_due()
+            if item.kind == "session":
+                if item.what in ("closed", "failed"):
+                    self._ends[item.id] = {"state": item.what, **item.body}
+                    if len(self._ends) > REPLIES:
+                        self._ends.popitem(last=False)
+                self._due.add(("session", item.id))
+            elif item.kind == "job" and item.id in self._owed:
+                if item.what == "progress":
+                    self._on_progress(item)
+                else:
+                    self._due.add(("job", item.id))
+
+    def _on_progress(self, item: News) -> None:
+        last, _ = self._progress.get(item.id, (-PROGRESS_EVERY_S, {}))
+        if self._clock() - last >= PROGRESS_EVERY_S:
+            self._progress[item.id] = self._clock(), {"id": item.id, **item.body}
+            self._due.add(("progress", item.id))
+
+    def _everything_is_due(self) -> None:
+        for id in sorted(self._owed):
+            self._due.add(("job", id))
+        for id in self._told_sessions | {session.id for session in self._app.sessions.list()}:
+            self._due.add(("session", id))
+        for name in self._replies:
+            self._due.add(("reply", name))
+
+    # One connection
+
+    async def _serve(self, connection: Connection) -> None:
+        """Until the broker is gone. Raises: BrokerGone."""
+        self._followed.clear()
+        available = self._topics.own("available")
+        shared = [self._topics.shared(name) for name in ("jobs/submit", "sessions/open")]
+        await connection.subscribe([*shared, self._topics.own("jobs/+/cancel"), available])
+        self._everything_is_due()
+        await connection.publish(available, b"online", retain=True, content_type="text/plain")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(TELLERS):
+                    tasks.create_task(self._tell_one_after_the_other(connection), name="mqtt teller")
+                tasks.create_task(self._tell_stats(connection), name="mqtt stats")
+                tasks.create_task(self._watch_sessions(), name="mqtt sessions")
+                await self._receive(connection)
+        finally:
+            for upload in list(self._uploads.values()):
+                # Its next messages may be lost, and nobody could tell.
+                upload.break_off(
+                    Refusal("unavailable", "the connection to the broker was lost while its sound came; send it again")
+                )
+
+    async def _receive(self, connection: Connection) -> None:
+        async for message in connection.messages():
+            kind, outcome = "other", "ignored"
+            # With it set, this was lying there before anybody asked: a command would be carried out at each return.
+            if not message.retain:
+                kind, outcome = await self._take(connection, message)
+            connection.acknowledge(message)
+            self._app.metrics.message(kind, outcome)
+
+    async def _take(self, connection: Connection, message: aiomqtt.Message) -> tuple[str, str]:
+        """Bring a message to where it is safe, or answer it. Returns: what it was, and what became of it."""
+        parts = self._topics.parts(message.topic.value)
+        body: Body = {}
+        asker = NOBODY
+        try:
+            payload = self._payload_of(message)
+            match parts:
+                case ["available"]:
+                    # Another daemon has gone, or our own last connection has. But we are here.
+                    if payload == b"offline":
+                        await connection.publish(message.topic.value, b"online", retain=True, content_type="text/plain")
+                    return "available", "taken"
+                case ["jobs", id, "audio"]:
+                    await self._take_part(id, payload)
+                    return "audio", "taken"
+                case ["sessions", id, "audio"]:
+                    self._say_to(id, "audio", payload, NOBODY)
+                    return "audio", "taken"
+                case ["sessions", _, "say"] if not payload.lstrip().startswith(b"{"):
+                    body = {"text": payload.decode(errors="replace")}
+                case ["jobs", "submit"] | ["sessions", "open"] | ["sessions", _, "say" | "set"]:
+                    body = await _in_thread_if_large(payload, lambda: read_object(payload))
+                case ["jobs", _, "cancel"] | ["sessions", _, "interrupt" | "close"]:
+                    body = read_object(payload) if payload.strip() else {}
+                case _:
+                    return "other", "ignored"
+            asker = read_asker(message.properties, body, self._topics)
+            match parts:
+                case ["jobs", "submit"]:
+                    await self._submit(connection, body, asker)
+                case ["jobs", id, "cancel"]:
+                    self._start(self._cancel(id, asker), asker, parts)
+                case ["sessions", "open"]:
+                    self._start(self._open(body, asker), asker, parts)
+                case ["sessions", id, what]:
+                    self._say_to(id, what, body, asker)
+            return parts[-1], "taken"
+        except BrokerGone:
+            raise
+        except sqlite3.Error as error:
+            # Not acknowledged, so that the broker keeps it.
+            raise CannotServe(f"nothing can be taken: {error}; is the disk of daemon.state full?") from error
+        except Exception as error:
+            refusal = _as_refusal(error)
+        await self._refuse(connection, parts, body, asker, refusal)
+        return parts[-1], "refused"
+
+    def _payload_of(self, message: aiomqtt.Message) -> bytes:
+        if isinstance(message.payload, TooLong):
+            size = message.payload.size / 1e6
+            raise Refusal("too large", f"message: {size:.1f} MB; mqtt.max_payload_mb allows {self._most_bytes / 1e6:g}")
+        return bytes(message.payload)
+
+    async def _refuse(
+        self, connection: Connection, parts: list[str], body: Body, asker: Asker, refusal: Refusal
+    ) -> None:
+        """Answer at once, so that the message can be acknowledged."""
+        id = parts[1] if len(parts) == 3 else body.get("id")
+        match parts:
+            case ["jobs", id, "audio"] if id in self._uploads:
+                self._uploads[id].break_off(refusal)
+                return
+            case ["sessions", _, "audio"]:
+                # As often as there is sound.
+                return
+        answer = refusal_body(refusal, id if isinstance(id, str) and is_id(id) else "")
+        known = parts[0] == "jobs" and id in self._owed
+        await self._publish(connection, asker, _refused_topic(parts[0], answer, known), answer)
+
+    async def _publish(
+        self, connection: Connection, asker: Asker, otherwise: str, body: Body, chunk: bytes = b""
+    ) -> None:
+        """To whoever asked; on a topic of our own where nobody said where."""
+        await connection.publish(
+            asker.topic or self._topics.own(otherwise),
+            encode(asker.address(body), chunk),
+            correlation=asker.correlation,
+            content_type="application/octet-stream" if chunk else "application/json",
+        )
+
+    # Jobs: in
+
+    async def _submit(self, connection: Connection, body: Body, asker: Asker) -> None:
+        """Returns when the ledger has it. Raises: Refusal, sqlite3.Error, BrokerGone."""
+        submission = await _in_thread_if_large(body, lambda: read_submission(body, asker, self._topics, self._result))
+        if submission.result == "url" and not self._app.settings.http.enabled:
+            raise Refusal("invalid", "result: this daemon has no HTTP server; ask for path or payload")
+        if len(self._deciding) >= UNDECIDED:
+            raise Refusal("full", f"{UNDECIDED} jobs wait for their picture and sound; send it again later", 5.0)
+        id = submission.id
+        if not submission.upload:
+            n = await self._ledger.take(submission)
+            self._owed.add(id)
+            self._decide_soon(id, n)
+            return
+        if id in self._uploads:
+            raise Refusal("conflict", f"job {id}: its sound is on the way already")
+        if len(self._uploads) >= UPLOADS:
+            raise Refusal("full", f"{UPLOADS} sounds are on the way, which is the limit; send it again later", 5.0)
+        upload = self._uploads[id] = _Upload(submission)
+        try:
+            await connection.subscribe([self._topics.own(f"jobs/{id}/audio")])
+            upload.n = await self._ledger.take(submission)
+        except BaseException:
+            del self._uploads[id]
+            raise
+        self._owed.add(id)
+        self._tasks.create_task(self._receive_sound(upload), name=f"mqtt sound of {id}")
+        self._due.add(("job", id))
+
+    async def _take_part(self, id: str, payload: bytes) -> None:
+        """A piece of a job's sound; one that nobody waits for any more is left out."""
+        upload = self._uploads.get(id)
+        if upload is None:
+            self._due.add(("upload", id))
+            return
+        try:
+            async with asyncio.timeout(UPLOAD_WAIT_S):
+                await upload.parts.put(payload)
+        except TimeoutError:
+            upload.break_off(
+                Refusal("unavailable", "the disk is too slow for its sound; send the job again later", 60.0)
+            )
+
+    async def _receive_sound(self, upload: _Upload) -> None:
+        id = upload.submission.id
+        try:
+            path = await self._app.inputs.keep(upload.stream(), "audio", f"the sound of job {id}")
+            command = upload.submission.command.model_copy(
+                update={"audio": Source.model_validate({"upload": path.name})}
+            )
+            await self._ledger.received(upload.n, command)
+        except Refusal as refusal:
+            await self._ledger.decide(upload.n, refusal_body(refusal, id))
+            self._due.add(("job", id))
+        else:
+            self._decide_soon(id, upload.n)
+        finally:
+            del self._uploads[id]
+            self._due.add(("upload", id))
+
+    def _decide_soon(self, id: str, n: int) -> None:
+        self._deciding[n] = id
+        self._undecided.put_nowait(n)
+
+    async def _decide_one_after_the_other(self) -> None:
+        while True:
+            n = await self._undecided.get()
+            try:
+                await self._decide(n, self._deciding[n])
+            except sqlite3.Error as error:
+                log.error("mqtt: a message cannot be settled: %s; is the disk of daemon.state full?", error)
+                await asyncio.sleep(DISK_RETRY_S)
+                self._undecided.put_nowait(n)
+
+    async def _decide(self, n: int, id: str) -> None:
+        """Make a job of a message, or say why not. It may take as long as its picture and sound are fetched."""
+        command, incomplete, attempts = await self._ledger.begin(n)
+        answer: Body | None = None
+        if id in self._withdrawn:
+            answer = {"id": id, "state": "cancelled", "daemon": self._daemon}
+        elif incomplete:
+            answer = refusal_body(Refusal("unavailable", "the daemon ended while its sound came; send it again"), id)
+            self._due.add(("upload", id))
+        elif attempts >= ATTEMPTS:
+            answer = refusal_body(Refusal("invalid", f"the daemon ended {attempts} times while it looked into it"), id)
+        else:
+            try:
+                await self._app.jobs.submit(command, {"trigger": "mqtt"})
+            except Exception as error:
+                answer = refusal_body(_as_refusal(error), id)
+        await self._ledger.decide(n, answer)
+        del self._deciding[n]
+        self._due.add(("job", id))
+        if id in self._withdrawn:
+            self._withdrawn.discard(id)
+            if answer is None:
+                await self._app.jobs.cancel(id)
+
+    async def _cancel(self, id: str, asker: Asker) -> None:
+        if id in self._uploads:
+            self._uploads[id].break_off(Refusal("conflict", "was cancelled before all its sound came"))
+            self._reply(asker, "", {"id": id, "state": "cancelled", "daemon": self._daemon})
+        elif id in self._deciding.values():
+            self._withdrawn.add(id)
+            self._reply(asker, "", {"id": id, "state": "cancelled", "daemon": self._daemon})
+        else:
+            self._reply(asker, "", job_body(await self._app.jobs.cancel(id), self._daemon))
+
+    # Jobs: out
+
+    async def _tell_job(self, connection: Connection, id: str) -> None:
+        debts = await self._ledger.debts(id)
+        taken = [debt for debt in debts if debt.decided and debt.answer is None]
+        for debt in debts:
+            if debt.answer is not None:
+                await self._tell_refused(connection, debt, debt.answer, bool(taken))
+            elif debt.upload and id in self._uploads and not debt.told:
+                waiting = {"id": id, "state": "receiving", "daemon": self._daemon}
+                await self._publish(connection, debt.asker, f"jobs/{id}/state", waiting)
+                await self._ledger.tell(debt.n)
+        if taken:
+            await self._tell_state(connection, id, taken)
+        if not await self._ledger.debts(id):
+            self._owed.discard(id)
+            self._progress.pop(id, None)
+
+    async def _tell_refused(self, connection: Connection, debt: Debt, answer: Body, known: bool) -> None:
+        await self._publish(connection, debt.asker, _refused_topic("jobs", answer, known), answer)
+        await self._ledger.settle(debt.n)
+
+    async def _tell_state(self, connection: Connection, id: str, debts: list[Debt]) -> None:
+        """What has become of a job that is in the store: to all, and to those who asked for it."""
+        try:
+            job = await self._app.jobs.get(id)
+        except Refusal:
+            lost = {"id": id, "state": "failed", "error": "was deleted before this could be told", "error_type": "lost"}
+            for debt in debts:
+                await self._publish(connection, debt.asker, f"jobs/{id}/result", lost)
+                await self._ledger.settle(debt.n)
+            return
+        body = job_body(job, self._daemon)
+        finished = job.state in FINISHED
+        if finished:
+            body["result"] = self._result_of(job, self._result)
+        topic = self._topics.own(f"jobs/{id}/state")
+        if connection.five:
+            expires_s = KEPT_S if finished else None
+            await connection.publish(topic, encode(body), retain=True, expires_s=expires_s)
+        else:
+            await connection.publish(topic, encode(body), retain=not finished)
+            if finished:
+                # Nothing retained ends by itself in MQTT 3.1.1.
+                await connection.publish(topic, b"", retain=True)
+        if finished:
+            await connection.publish(self._topics.own(f"jobs/{id}/result"), encode(body))
+        for debt in debts:
+            # To be told apart from an id that was asked for.
+            mine = body if debt.given else body | {"fresh_id": True}
+            if finished:
+                await self._tell_result(connection, debt, job, mine)
+                await self._ledger.settle(debt.n)
+            elif not debt.told:
+                if debt.asker.topic:
+                    await self._publish(connection, debt.asker, "", mine)
+                await self._ledger.tell(debt.n)
+
+    async def _tell_result(self, connection: Connection, debt: Debt, job: Job, body: Body) -> None:
+        body = body | {"result": self._result_of(job, debt.result)}
+        if debt.asker.topic:
+            await self._publish(connection, debt.asker, "", body)
+        if debt.result != "payload" or job.result is None:
+            return
+        pieces = chunks(self._app.jobs.result_path(job), job.result["bytes"])
+        try:
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                index, total, data = piece
+                head = {"id": job.id, "index": index, "total": total, "sha256": job.result["sha256"]}
+                await self._publish(connection, debt.asker, f"jobs/{job.id}/result", head, data)
+        except OSError as error:
+            log.warning("mqtt: job %s: its file cannot be read: %s", job.id, error)
+            gone = {"id": job.id, "state": "failed", "error": "its file was deleted or cannot be read"}
+            await self._publish(connection, debt.asker, f"jobs/{job.id}/result", gone)
+        finally:
+            pieces.close()
+
+    def _result_of(self, job: Job, kind: str) -> Body | None:
+        """A finished job's file, and where it is to be had."""
+        if job.result is None:
+            return None
+        told = {name: value for name, value in job.result.items() if name != "path"} | {"kind": kind}
+        if kind == "path":
+            return told | {"path": str(self._app.jobs.result_path(job))}
+        if kind == "payload":
+            return told | {"chunks": chunk_count(job.result["bytes"])}
+        return told | {"url": f"{_http_address(self._app)}/v1/jobs/{job.id}/result"}
+
+    # Sessions: in
+
+    async def _open(self, body: Body, asker: Asker) -> None:
+        sound = body.pop("audio", PCM)
+        if not isinstance(sound, str):
+            raise Refusal("invalid", f"audio: is not the format of the sound to come, such as {PCM}")
+        session = await self._app.sessions.open(read_command(OpenSession, body))
+        try:
+            self._line(session, sound)
+        except AvatardError:
+            await session.close()
+            raise
+        self._due.add(("session", session.id))
+        answer = {"id": session.id, "state": "open", "daemon": self._daemon, "audio": sound}
+        self._reply(asker, f"sessions/{session.id}/state", answer, session.id)
+
+    def _line(self, session: Session, sound: str = PCM) -> _Line:
+        """Raises: AvatardError: the sound's format."""
+        if session.id not in self._lines:
+            line = _Line(session, session.feed(sound))
+            line.task = self._tasks.create_task(self._speak(line), name=f"mqtt line to {session.id}")
+            self._lines[session.id] = line
+        return self._lines[session.id]
+
+    def _say_to(self, id: str, what: str, body: Body | bytes, asker: Asker) -> None:
+        """Raises: Refusal."""
+        session = self._app.sessions.get(id)
+        line = self._line(session)
+        match what, body:
+            case "audio", bytes():
+                line.add(body, len(body), asker)
+            case "say", dict():
+                say = read_command(Say, body)
+                if say.interrupt:
+                    self._interrupt(line)
+                if not line.add(say, len(say.text), asker):
+                    raise Refusal("full", f"session {id}: too much waits to be said; interrupt it or wait", 1.0)
+            case "set", dict():
+                if not line.add(read_command(Change, body), LARGE_BYTES, asker):
+                    raise Refusal("full", f"session {id}: too much waits to be done; interrupt it or wait", 1.0)
+            case "interrupt", _:
+                self._answer(asker, {"id": id, "interrupted": self._interrupt(line)})
+            case "close", _:
+                self._start(self._close(session, asker), asker, ["sessions", id, what])
+
+    def _interrupt(self, line: _Line) -> Body:
+        line.interrupt()
+        return line.session.interrupt()
+
+    async def _close(self, session: Session, asker: Asker) -> None:
+        self._answer(asker, {"id": session.id, "state": "closed"} | await session.close())
+
+    async def _speak(self, line: _Line) -> None:
+        """What was said to a session, in its order, as fast as the session takes it."""
+        session = line.session
+        while True:
+            said, asker = await line.next()
+            try:
+                if said == b"":
+                    session.utterance_ended()
+                elif isinstance(said, bytes):
+                    await line.feed.bytes(said)
+                elif isinstance(said, Say):
+                    await session.say(said.text, said.voice)
+                else:
+                    await session.set(said.image, said.prompt)
+            except Exception as error:
+                refusal = _as_refusal(error)
+                if isinstance(said, bytes):
+                    line.fail(str(refusal))
+                else:
+                    self._reply(asker, "sessions/refused", refusal_body(refusal, session.id))
+            else:
+                self._answer(asker, {"id": session.id, "state": "done"})
+
+    # Sessions: out
+
+    async def _watch_sessions(self) -> None:
+        while True:
+            for session in self._app.sessions.list():
+                self._due.add(("session", session.id))
+            await asyncio.sleep(STATUS_EVERY_S)
+
+    async def _tell_session(self, connection: Connection, id: str) -> None:
+        topic = self._topics.own(f"sessions/{id}/state")
+        try:
+            session = self._app.sessions.get(id)
+        except Refusal:
+            line = self._lines.pop(id, None)
+            if line is not None and line.task is not None:
+                line.task.cancel()
+            if id in self._told_sessions:
+                body = {"id": id, "state": "closed", "daemon": self._daemon} | self._ends.pop(id, {})
+                await connection.publish(topic, encode(body), retain=connection.five, expires_s=SESSION_KEPT_S)
+                self._told_sessions.discard(id)
+            if id in self._followed:
+                await connection.unsubscribe(self._session_topics(id))
+                self._followed.discard(id)
+            return
+        await self._follow(connection, id)
+        self._told_sessions.add(id)
+        body = {"id": id, "daemon": self._daemon, **session.status()}
+        if id in self._lines:
+            body |= self._lines[id].status()
+        await connection.publish(topic, encode(body), retain=connection.five, expires_s=SESSION_KEPT_S)
+
+    async def _follow(self, connection: Connection, id: str) -> None:
+        if id not in self._followed:
+            await connection.subscribe(self._session_topics(id))
+            self._followed.add(id)
+
+    def _session_topics(self, id: str) -> list[str]:
+        return [self._topics.own(f"sessions/{id}/{what}") for what in SESSION_COMMANDS]
+
+    # Answers, and the daemon itself
+
+    def _start(self, work: Coroutine[Any, Any, None], asker: Asker, parts: list[str]) -> None:
+        """A command that takes its time, beside what the broker sends next. Raises: Refusal: too many."""
+        if self._commands >= COMMANDS:
+            work.close()
+            raise Refusal("full", f"{COMMANDS} commands are under way, which is the limit; send it again later", 1.0)
+        self._commands += 1
+
+        async def carry_out() -> None:
+            try:
+                await work
+            except Exception as error:
+                id = parts[1] if len(parts) == 3 else ""
+                self._reply(asker, f"{parts[0]}/refused", refusal_body(_as_refusal(error), id))
+            finally:
+                self._commands -= 1
+
+        self._tasks.create_task(carry_out(), name=f"mqtt {'/'.join(parts)}")
+
+    def _answer(self, asker: Asker, body: Body) -> None:
+        """To who wants to know."""
+        if asker.topic:
+            self._reply(asker, "", body)
+
+    def _reply(self, asker: Asker, otherwise: str, body: Body, session: str = "") -> None:
+        """As soon as there is a broker; where `session` is given, when that session's topics are listened to."""
+        if not asker.topic and not otherwise:
+            return
+        name = str(next(self._reply_names))
+        self._replies[name] = asker, otherwise, body, session
+        if len(self._replies) > REPLIES:
+            self._replies.popitem(last=False)
+        self._due.add(("reply", name))
+
+    async def _tell_reply(self, connection: Connection, name: str) -> None:
+        if name in self._replies:
+            asker, otherwise, body, session = self._replies[name]
+            if session:
+                await self._follow(connection, session)
+            await self._publish(connection, asker, otherwise, body)
+            self._replies.pop(name, None)
+
+    async def _tell_one_after_the_other(self, connection: Connection) -> None:
+        while True:
+            async with self._due.next() as (kind, id):
+                try:
+                    await self._tell(connection, kind, id)
+                except BrokerGone:
+                    raise
+                except sqlite3.Error as error:
+                    raise CannotServe(f"nothing can be told: {error}; is the disk of daemon.state full?") from error
+                except Exception:
+                    # A bug: it must not keep the others from being told.
+                    log.exception("mqtt: %s %s cannot be told", kind, id)
+
+    async def _tell(self, connection: Connection, kind: str, id: str) -> None:
+        match kind:
+            case "job":
+                await self._tell_job(connection, id)
+            case "progress" if id in self._progress:
+                _, body = self._progress[id]
+                await connection.publish(self._topics.own(f"jobs/{id}/progress"), encode(body), qos=0)
+            case "upload" if id not in self._uploads:
+                await connection.unsubscribe([self._topics.own(f"jobs/{id}/audio")])
+            case "session":
+                await self._tell_session(connection, id)
+            case "reply":
+                await self._tell_reply(connection, id)
+
+    async def _tell_stats(self, connection: Connection) -> None:
+        while True:
+            body = {
+                "daemon": self._daemon,
+                "name": self._app.settings.daemon.metadata_name,
+                "version": version("avatard"),
+                "uptime_s": round(self._clock() - self._began, 1),
+                "engine": self._app.engine.state,
+                "jobs": await self._app.jobs.counts(),
+                "sessions": len(self._app.sessions.list()),
+                "intake": self._app.jobs.paused or "open",
+            }
+            await connection.publish(self._topics.own("stats"), encode(body), qos=0)
+            await asyncio.sleep(self._app.settings.mqtt.stats_s)
+
+
+async def _in_thread_if_large(what: bytes | Body, work: Callable[[], R]) -> R:
+    """Beside the event loop where it would stand still for a while: a picture in base64, read letter by letter."""
+    if isinstance(what, bytes):
+        large = len(what) > LARGE_BYTES
+    else:
+        sources = [
+            part.get("data") if isinstance(part, dict) else part for part in (what.get("image"), what.get("audio"))
+        ]
+        large = any(isinstance(source, str) and len(source) > LARGE_BYTES for source in sources)
+    return await asyncio.to_thread(work) if large else work()
+
+
+def _refused_topic(kind: str, answer: Body, known: bool) -> str:
+    """Where a refusal goes that nobody gave a topic for: to who waits for that job, and not for another of its name."""
+    id = answer.get("id")
+    if kind == "jobs" and id and not known and answer.get("reason") != "conflict":
+        return f"jobs/{id}/state"
+    return f"{kind}/refused"
+
+
+def _as_refusal(error: Exception) -> Refusal:
+    """Any error as whoever sent the command may see it."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, AvatardError):
+        return Refusal("unavailable", str(error))
+    log.error("mqtt: a command ended in a bug", exc_info=error)
+    return Refusal("unavailable", "a bug in the daemon; its log says more")
+
+
+def _http_address(app: App) -> str:
+    """How others reach the HTTP server."""
+    http = app.settings.http
+    scheme = "https" if http.tls_cert is not None else "http"
+    return http.public_url.rstrip("/") or f"{scheme}://{http.host}:{http.port}"

@@ -1,0 +1,190 @@
+"""What was taken from a broker and is not settled: on the disk, so that neither side has to remember it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from service.commands import SubmitJob
+from service.mqtt_messages import Asker, Body, ResultKind, Submission
+
+R = TypeVar("R")
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS owed (
+    n INTEGER PRIMARY KEY AUTOINCREMENT,
+    job TEXT NOT NULL,
+    given INTEGER NOT NULL,
+    topic TEXT NOT NULL,
+    correlation BLOB NOT NULL,
+    in_body INTEGER NOT NULL,
+    result TEXT NOT NULL,
+    command TEXT,
+    upload INTEGER NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    answer TEXT,
+    told INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX IF NOT EXISTS owed_by_job ON owed (job);
+"""
+
+
+@dataclass(frozen=True)
+class Debt:
+    """Somebody who asked for a job and has not heard its end.
+
+    decided: the job was taken, or refused, in which case `answer` is all there is to tell; told: the asker knows that
+    the job was taken.
+    """
+
+    n: int
+    job: str
+    given: bool
+    asker: Asker
+    result: ResultKind
+    decided: bool
+    upload: bool
+    answer: Body | None
+    told: bool
+
+
+class Ledger:
+    """One row for each message, from before it is acknowledged until its asker has been told how it ended.
+
+    So the broker may forget a message as soon as it is here, however long its picture takes to fetch; and what a
+    daemon or a broker missed while it was away is told afterwards. One connection in one thread; every change is on
+    the disk when its call returns. Raises, everywhere: sqlite3.Error: the disk is full or broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Blocks."""
+        path = Path(os.path.expanduser(folder)) / "mqtt.sqlite"
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mqtt ledger")
+        self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = FULL")
+        self._database.executescript(SCHEMA)
+
+    @classmethod
+    async def open(cls, folder: Path) -> Ledger:
+        """The one in a folder, which is there."""
+        return await asyncio.to_thread(cls, folder)
+
+    async def close(self) -> None:
+        await self._run(self._database.close)
+        self._thread.shutdown(wait=False)
+
+    async def take(self, submission: Submission) -> int:
+        """A message, before it is acknowledged. Returns: its number."""
+        asker = submission.asker
+
+        def insert() -> int:
+            # In this thread: a picture in base64 takes a while to be written.
+            command = submission.command.model_dump_json(exclude_none=True)
+            cursor = self._database.execute(
+                "INSERT INTO owed (job, given, topic, correlation, in_body, result, command, upload)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    submission.id,
+                    submission.given,
+                    asker.topic,
+                    asker.correlation,
+                    asker.in_body,
+                    submission.result,
+                    command,
+                    submission.upload,
+                ),
+            )
+            assert cursor.lastrowid is not None
+            return cursor.lastrowid
+
+        return await self._run(insert)
+
+    async def undecided(self) -> list[tuple[int, str]]:
+        """The messages nobody has looked into, and their jobs; oldest first."""
+        return await self._query("SELECT n, job FROM owed WHERE command IS NOT NULL ORDER BY n")
+
+    async def begin(self, n: int) -> tuple[SubmitJob, bool, int]:
+        """What an undecided message asks for, whether its sound is missing, and how often it has been begun before."""
+
+        def read() -> tuple[SubmitJob, bool, int]:
+            self._database.execute("UPDATE owed SET attempts = attempts + 1 WHERE n = ?", (n,))
+            row = self._database.execute("SELECT command, upload, attempts FROM owed WHERE n = ?", (n,)).fetchone()
+            return SubmitJob.model_validate_json(row[0]), bool(row[1]), row[2] - 1
+
+        return await self._run(read)
+
+    async def received(self, n: int, command: SubmitJob) -> None:
+        """The sound of a message is there; `command` refers to it."""
+        text = command.model_dump_json(exclude_none=True)
+        await self._query("UPDATE owed SET command = ?, upload = 0 WHERE n = ?", (text, n))
+
+    async def decide(self, n: int, answer: Body | None = None) -> None:
+        """The job of a message is in the store; or there is none, and `answer` says why.
+
+        A message that came twice is owed for once.
+        """
+
+        def decide() -> None:
+            text = None if answer is None else json.dumps(answer)
+            self._database.execute("BEGIN")
+            try:
+                self._database.execute("UPDATE owed SET command = NULL, answer = ? WHERE n = ?", (text, n))
+                self._database.execute(
+                    "DELETE FROM owed WHERE n <> :n AND command IS NULL AND answer IS NULL"
+                    " AND (job, topic, correlation, result) ="
+                    " (SELECT job, topic, correlation, result FROM owed WHERE n = :n AND answer IS NULL)",
+                    {"n": n},
+                )
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+
+        await self._run(decide)
+
+    async def jobs(self) -> list[str]:
+        """Every job that somebody is still to be told about, oldest first."""
+        return [row[0] for row in await self._query("SELECT job FROM owed GROUP BY job ORDER BY MIN(n)")]
+
+    async def debts(self, job: str) -> list[Debt]:
+        rows = await self._query(
+            "SELECT n, job, given, topic, correlation, in_body, result, command IS NULL, upload, answer, told"
+            " FROM owed WHERE job = ? ORDER BY n",
+            (job,),
+        )
+        return [
+            Debt(
+                n=row[0],
+                job=row[1],
+                given=bool(row[2]),
+                asker=Asker(row[3], bytes(row[4]), bool(row[5])),
+                result=row[6],
+                decided=bool(row[7]),
+                upload=bool(row[8]),
+                answer=None if row[9] is None else json.loads(row[9]),
+                told=bool(row[10]),
+            )
+            for row in rows
+        ]
+
+    async def tell(self, n: int) -> None:
+        """The asker knows that the job was taken."""
+        await self._query("UPDATE owed SET told = 1 WHERE n = ?", (n,))
+
+    async def settle(self, n: int) -> None:
+        """The asker has been told how it ended."""
+        await self._query("DELETE FROM owed WHERE n = ?", (n,))
+
+    async def _query(self, statement: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        return await self._run(lambda: self._database.execute(statement, values).fetchall())
+
+    async def _run(self, work: Callable[[], R]) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
