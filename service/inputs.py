@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import re
+import ssl
 import stat
 import time
 import zlib
@@ -367,58 +368,68 @@ class Inputs:
     # Addresses
 
     async def _download(self, url: str, shown: str) -> AsyncGenerator[bytes, None]:
+        """The body at the end of at most REDIRECTS redirects, each of which is judged as if it had been given."""
         if not self._settings.inputs.urls:
             raise Refusal("forbidden", f"{shown}: no addresses are fetched here (inputs.urls); send the file")
+        here = _address(url, shown)
+        try:
+            for _ in range(REDIRECTS + 1):
+                async with await self._client(here, shown) as client, client.stream("GET", here) as response:
+                    if not response.has_redirect_location:
+                        async with contextlib.aclosing(_body(response, self._most_bytes, shown)) as parts:
+                            async for part in parts:
+                                yield part
+                        return
+                    there = _address(str(here.join(response.headers["location"])), shown)
+                    if here.scheme == "https" and there.scheme == "http":
+                        raise Refusal("forbidden", f"{shown}: redirects from https to http")
+                    here = there
+            raise Refusal("invalid", f"{shown}: redirects more than {REDIRECTS} times")
+        except httpx.TimeoutException as error:
+            raise Refusal("invalid", f"{shown}: its server said nothing for {READ_S:g} s") from error
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise Refusal("invalid", f"{shown}: {_trouble(error)}; check the address and try again") from error
+
+    async def _client(self, url: httpx.URL, shown: str) -> httpx.AsyncClient:
+        """For one request to that address. Without what the environment says of proxies and passwords."""
 
         async def allowed(host: str, port: int) -> Sequence[str]:
             private = self._settings.inputs.private_addresses
             return await allowed_addresses(host, port, shown, private=private, resolve=self._resolve)
 
-        tls = httpx.create_ssl_context(trust_env=False)
-        tls.load_default_certs()  # beside those that httpx brings: a company has its own
+        # One that trusts nobody, where none is needed: the certificates of the world take long to load.
+        tls = await self._in_thread(_trusting) if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         inner = httpx.AsyncHTTPTransport(verify=tls, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-        client = httpx.AsyncClient(
+        return httpx.AsyncClient(
             transport=CheckedTransport(allowed, inner),
             trust_env=False,
-            follow_redirects=False,
             timeout=httpx.Timeout(READ_S),
-            headers={"accept-encoding": "identity", "user-agent": "avatard"},
+            headers={"Accept-Encoding": "identity", "User-Agent": "avatard"},
         )
-        try:
-            async with client, contextlib.aclosing(self._follow(client, url, shown)) as parts:
-                async for part in parts:
-                    yield part
-        except httpx.TimeoutException as error:
-            raise Refusal("invalid", f"{shown}: its server said nothing for {READ_S:g} s") from error
-        except httpx.TransportError as error:
-            # Not in its own words: they may quote the address.
-            what = "cannot be reached" if isinstance(error, httpx.ConnectError) else "broke off"
-            raise Refusal("invalid", f"{shown}: {what}; check that it is there and try again") from error
 
-    async def _follow(self, client: httpx.AsyncClient, url: str, shown: str) -> AsyncGenerator[bytes, None]:
-        """The body at the end of at most REDIRECTS redirects, each of which is judged as if it had been given."""
-        here = _address(url, shown)
-        for _ in range(REDIRECTS + 1):
-            async with client.stream("GET", here) as response:
-                if response.has_redirect_location:
-                    try:
-                        there = _address(str(here.join(response.headers["location"])), shown)
-                    except httpx.InvalidURL:
-                        raise Refusal("invalid", f"{shown}: redirects to what is no address") from None
-                    if here.scheme == "https" and there.scheme == "http":
-                        raise Refusal("forbidden", f"{shown}: redirects from https to http")
-                    here = there
-                    continue
-                if response.status_code != 200:
-                    raise Refusal("invalid", f"{shown}: its server answered {response.status_code}; check the address")
-                async for part in _body(response, self._most_bytes, shown):
-                    yield part
-                return
-        raise Refusal("invalid", f"{shown}: redirects more than {REDIRECTS} times")
+
+def _trusting() -> ssl.SSLContext:
+    tls = httpx.create_ssl_context(trust_env=False)
+    tls.load_default_certs()  # beside those that httpx brings: a company has its own
+    return tls
+
+
+def _trouble(error: BaseException) -> str:
+    """What went wrong with a connection; not in its own words, which may quote the address."""
+    if isinstance(error, httpx.InvalidURL):
+        return "redirects to what is no address"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate is not accepted ({cause.verify_message})"
+        cause = cause.__cause__ or cause.__context__
+    return "cannot be reached" if isinstance(error, httpx.ConnectError) else "the connection broke off"
 
 
 async def _body(response: httpx.Response, most: int, shown: str) -> AsyncGenerator[bytes, None]:
-    """The body as it was meant, at most PIECE bytes at once whatever it is compressed to."""
+    """The body as it was meant, at most PIECE bytes at once whatever it is compressed to. Raises: Refusal."""
+    if response.status_code != 200:
+        raise Refusal("invalid", f"{shown}: its server answered {response.status_code}; check the address")
     declared = response.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > most:
         raise _too_large(shown, most)
