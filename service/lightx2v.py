@@ -214,6 +214,7 @@ def add_lightx2v_routes(http: FastAPI, app: App) -> None:
     @http.post("/v1/tasks", tags=["LightX2V"], dependencies=[jobs], responses=submitted, deprecated=True)
     async def submit(task: VideoTask) -> Submission:
         """Take a task."""
+        await _check(app, task)
         image = await _fetched(app, task.image_path, "image") if task.image_path else None
         sound = await _fetched(app, task.audio_path, "audio") if task.audio_path else None
         return await _submit(app, task, image, sound)
@@ -240,6 +241,7 @@ def add_lightx2v_routes(http: FastAPI, app: App) -> None:
                 "target_fps": target_fps,
             }
         )
+        await _check(app, task)
         image = await app.inputs.keep(_parts(image_file), "image", image_file.filename or "")
         sound = None
         if audio_file is not None:
@@ -358,14 +360,23 @@ def add_lightx2v_routes(http: FastAPI, app: App) -> None:
 # Tasks as jobs
 
 
+async def _check(app: App, task: VideoTask) -> None:
+    """What can be refused before anything is fetched. Raises: HTTPException."""
+    if task.task_id is not None and await _is_known(app, task.task_id):
+        raise _known(task.task_id)
+    if task.save_result_path:
+        try:
+            app.inputs.allowed_output(task.save_result_path)
+        except Refusal as error:
+            raise HTTPException(422, f"save_result_path: {error}") from error
+
+
 async def _submit(app: App, task: VideoTask, image: FilePath | None, sound: FilePath | None) -> Submission:
     """Make a task a job. image, sound: in the spool.
 
     Raises: HTTPException, Refusal: worded as LightX2V words them, where it has words for it.
     """
     id = task.task_id or _made_up_id()
-    if await _is_known(app, id):
-        raise _known(id)
     if sound is None:
         if task.seconds > LONGEST_S:
             raise HTTPException(422, f"without sound a task lasts at most {LONGEST_S:g} s, not {task.seconds:g}")

@@ -1,0 +1,346 @@
+"""LightX2V's clients find what they know: its codes and texts, and the differences that are meant."""
+
+import base64
+import http.server
+import json
+import re
+import threading
+import wave
+
+import pytest
+from http_app import client_of, make_app, picture, sound
+
+from service.http import make_http
+
+CATS = {
+    "prompt": "Two cats in boxing gear",
+    "negative_prompt": "blurred, 静态",
+    "image_path": "",
+    "seed": 42,
+    "save_result_path": "./cat_boxing_seed42.mp4",
+}
+"""As the published clients send it: the same fields, and values of the same kinds."""
+
+WAV = base64.b64encode(sound()).decode()
+PNG = base64.b64encode(picture()).decode()
+
+
+@pytest.fixture
+def app(tmp_path):
+    return make_app(tmp_path)
+
+
+@pytest.fixture
+async def client(app):
+    async with client_of(make_http(app)) as client:
+        yield client
+
+
+async def submit(client, **task):
+    answer = await client.post("/v1/tasks/video/", json=task)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def length_s(app, id):
+    """Of the sound that a job was given."""
+    file = app.inputs._spool.find(app.jobs.commands[id].audio.upload)
+    with wave.open(str(file)) as sound:
+        return sound.getnframes() / sound.getframerate()
+
+
+# What clients send
+
+
+@pytest.mark.parametrize("path", ["/v1/tasks/video/", "/v1/tasks/video", "/v1/tasks/", "/v1/tasks"])
+async def test_the_published_message_makes_a_task(client, app, path):
+    answer = await client.post(path, json=CATS)
+    assert answer.status_code == 200
+    told = answer.json()
+    assert told == {"task_id": told["task_id"], "task_status": "pending", "save_result_path": "./cat_boxing_seed42.mp4"}
+    assert re.fullmatch(r"([A-Z0-9]{4}-){4}[A-Z0-9]{4}", told["task_id"])
+    command = app.jobs.commands[told["task_id"]]
+    assert (command.name, command.seed, command.prompt) == ("cat_boxing_seed42.mp4", 42, CATS["prompt"])
+    # 81 frames at 16 a second, as there.
+    assert length_s(app, told["task_id"]) == pytest.approx(81 / 16, abs=0.001)
+
+
+async def test_a_task_of_nothing_is_one(client, app):
+    id = (await submit(client))["task_id"]
+    assert app.jobs.commands[id].image is None
+    assert (await client.get(f"/v1/tasks/{id}/status")).json()["save_result_path"] == id
+
+
+async def test_picture_and_sound_come_as_base64_or_data_url(client, app):
+    for task in (
+        {"image_path": PNG, "audio_path": WAV},
+        {"image_path": f"data:image/png;base64,{PNG}", "audio_path": f"data:audio/wav;base64,{WAV}"},
+    ):
+        id = (await submit(client, **task))["task_id"]
+        assert length_s(app, id) == pytest.approx(0.1)
+
+
+async def test_picture_and_sound_come_as_paths(client, app, tmp_path):
+    (tmp_path / "pictures" / "a.png").write_bytes(picture())
+    await submit(client, image_path=str(tmp_path / "pictures" / "a.png"))
+    refused = await client.post("/v1/tasks/video/", json={"image_path": "/etc/passwd"})
+    assert refused.status_code == 403
+
+
+async def test_a_sound_is_as_long_as_is_asked_at_most(client, app):
+    long = base64.b64encode(sound(2.0)).decode()
+    id = (await submit(client, audio_path=long, video_duration=1))["task_id"]
+    assert length_s(app, id) == pytest.approx(1.0)
+    id = (await submit(client, audio_path=long, video_duration=5))["task_id"]
+    assert length_s(app, id) == pytest.approx(2.0)
+    id = (await submit(client, audio_path=long))["task_id"]
+    assert length_s(app, id) == pytest.approx(2.0)
+
+
+async def test_without_sound_the_client_says_how_long(client, app):
+    id = (await submit(client, target_video_length=33, target_fps=None))["task_id"]
+    assert length_s(app, id) == pytest.approx(33 / 16, abs=0.001)
+    id = (await submit(client, video_duration=3))["task_id"]
+    assert length_s(app, id) == pytest.approx(3.0)
+    answer = await client.post("/v1/tasks/video/", json={"target_video_length": 100_000})
+    assert (answer.status_code, answer.json()["detail"]) == (422, "without sound a task lasts at most 600 s, not 6250")
+
+
+async def test_options_of_one_task_stay_with_it(client, app):
+    await submit(client, task_id="one", infer_steps=1, target_video_length=17, prompt="a", seed=1)
+    await submit(client, task_id="two")
+    assert length_s(app, "two") == pytest.approx(81 / 16, abs=0.001)
+    assert app.jobs.commands["two"].prompt is None
+
+
+@pytest.mark.parametrize(("seed", "kept"), [(0, 0), (2**32, 2**32), ("17", 17)])
+async def test_a_seed_is_kept(client, app, seed, kept):
+    assert app.jobs.commands[(await submit(client, seed=seed))["task_id"]].seed == kept
+
+
+@pytest.mark.parametrize("task", [{}, {"seed": -1}, {"seed": "-1"}])
+async def test_any_seed_is_another_each_time(client, app, task):
+    seeds = {app.jobs.commands[(await submit(client, **task))["task_id"]].seed for _ in range(3)}
+    assert len(seeds) == 3
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+async def test_fields_that_nobody_knows_are_ignored(client):
+    await submit(client, colour="red", infer_steps=4, resize_mode="adaptive", data_bootstrap_room=None, sr_ratio=2.0)
+
+
+async def test_files_come_with_a_form(client, app):
+    files = {"image_file": ("a.png", picture(), "image/png"), "audio_file": ("a.wav", sound(), "audio/wav")}
+    answer = await client.post("/v1/tasks/video/form", files=files, data={"prompt": "smiles", "infer_steps": "5"})
+    assert answer.status_code == 200, answer.text
+    command = app.jobs.commands[answer.json()["task_id"]]
+    assert (command.prompt, command.seed) == ("smiles", 42)
+    without = await client.post("/v1/tasks/video/form", data={"prompt": "smiles"})
+    assert (without.status_code, without.json()["detail"][0]["loc"]) == (422, ["body", "image_file"])
+
+
+# What they are told
+
+
+async def test_a_task_is_followed_to_its_file(client, app):
+    id = (await submit(client, save_result_path="sub/dir/cat"))["task_id"]
+    status = (await client.get(f"/v1/tasks/{id}/status")).json()
+    assert status == {
+        "task_id": id,
+        "status": "pending",
+        "start_time": status["start_time"],
+        "end_time": None,
+        "error": None,
+        "error_type": "",
+        "save_result_path": "sub/dir/cat",
+        "progress": 0,
+    }
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", status["start_time"])
+    app.jobs.change(id, state="running", started_at=1_700_000_050.25, frames=10, total_frames=40)
+    status = (await client.get(f"/v1/tasks/{id}/status")).json()
+    assert (status["status"], status["progress"], status["start_time"][-9:]) == ("processing", 25, "10.250000")
+    app.jobs.complete(id, b"video", name="sub/dir/cat.mp4")
+    status = (await client.get(f"/v1/tasks/{id}/status")).json()
+    assert (status["status"], status["progress"]) == ("completed", 100)
+    # There only "cat.mp4" is remembered, and the result is not found.
+    assert status["save_result_path"] == "sub/dir/cat.mp4"
+    result = await client.get(f"/v1/tasks/{id}/result")
+    assert (result.status_code, result.content, result.headers["content-type"]) == (200, b"video", "video/mp4")
+    assert result.headers["content-disposition"] == 'attachment; filename="cat.mp4"'
+    assert result.headers["accept-ranges"] == "bytes"
+    # There a range is answered with the whole file.
+    part = await client.get(f"/v1/tasks/{id}/result", headers={"Range": "bytes=1-2"})
+    assert (part.status_code, part.content) == (206, b"id")
+    assert (await client.get("/v1/files/download/sub/dir/cat.mp4")).content == b"video"
+
+
+async def test_a_failed_task_says_why(client, app):
+    id = (await submit(client, save_result_path="a.mp4"))["task_id"]
+    app.jobs.change(id, state="failed", error="no face", error_type="PictureError", finished_at=1_700_000_100.0)
+    status = (await client.get(f"/v1/tasks/{id}/status")).json()
+    assert [status[key] for key in ("status", "error", "error_type", "save_result_path")] == [
+        "failed",
+        "no face",
+        "PictureError",
+        "a.mp4",
+    ]
+
+
+async def test_tasks_are_listed_by_id_and_other_jobs_are_not_among_them(client):
+    await submit(client, task_id="mine")
+    await client.post("/v1/jobs", json={"id": "other", "text": "a"})
+    assert list((await client.get("/v1/tasks/")).json()) == ["mine"]
+
+
+async def test_the_queue_and_the_service_say_how_busy_they_are(client, app):
+    idle = (await client.get("/v1/service/status/")).json()
+    assert idle == {
+        "service_status": "idle",
+        "current_task": None,
+        "active_tasks": [],
+        "pending_tasks": 0,
+        "queue_size": 10_000,
+        "total_tasks": 0,
+        "completed_tasks": 0,
+        "failed_tasks": 0,
+    }
+    await submit(client, task_id="one")
+    await submit(client, task_id="two")
+    app.jobs.change("one", state="running")
+    busy = (await client.get("/v1/service/status")).json()
+    assert (busy["service_status"], busy["current_task"], busy["active_tasks"]) == ("busy", "one", ["one"])
+    assert (await client.get("/v1/tasks/queue/status")).json() == {
+        "is_processing": True,
+        "current_task": "one",
+        "pending_count": 1,
+        "active_count": 1,
+        "queue_size": 10_000,
+        "queue_available": 9_999,
+    }
+    metadata = (await client.get("/v1/service/metadata")).json()
+    assert metadata == {"nproc_per_node": 1, "model_cls": "pocket", "model_path": "pocket"}
+
+
+SUCCESS = {"stop_status": "success", "reason": "Task stopped successfully."}
+NOTHING = {"stop_status": "do_nothing", "reason": "Task not found or already completed."}
+
+
+async def test_a_task_that_is_stopped_stays_stopped(client, app):
+    for id in ("waits", "works", "done"):
+        await submit(client, task_id=id)
+    app.jobs.change("works", state="running")
+    app.jobs.complete("done")
+    for id, told in {"waits": SUCCESS, "works": SUCCESS, "done": NOTHING, "none": NOTHING}.items():
+        answer = await client.delete(f"/v1/tasks/{id}")
+        assert (answer.status_code, answer.json()) == (200, told)
+    # As there: of a cancelled one it is told again.
+    assert (await client.delete("/v1/tasks/works")).json() == SUCCESS
+    assert (await client.get("/v1/tasks/works/status")).json()["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("path", ["/v1/tasks/all/running", "/v1/tasks/running"])
+async def test_all_tasks_are_stopped_and_no_other_job(client, app, path):
+    for id in ("one", "two"):
+        await submit(client, task_id=id)
+    await client.post("/v1/jobs", json={"id": "other", "text": "a"})
+    app.jobs.change("one", state="running")
+    told = (await client.delete(path)).json()
+    assert told == {"stop_status": "success", "reason": "All tasks stopped successfully."}
+    assert {job.id: job.state for job in app.jobs.jobs.values()} == {
+        "one": "cancelled",
+        "two": "cancelled",
+        "other": "queued",
+    }
+
+
+# Codes and texts
+
+GOLDEN = [
+    ("GET", "/v1/tasks/none/status", None, 404, "Task not found"),
+    ("GET", "/v1/tasks/none/result", None, 404, "Task not found"),
+    ("GET", "/v1/tasks/waits/result", None, 404, "Task not completed"),
+    ("GET", "/v1/tasks/gone/result", None, 404, "Task result file does not exist"),
+    ("POST", "/v1/tasks/video/", {"task_id": "waits"}, 503, "Task ID waits already exists"),
+    ("GET", "/v1/files/download/none.mp4", None, 404, "File not found: none.mp4"),
+    ("GET", "/v1/files/download/..%2f..%2fetc%2fpasswd", None, 403, "Access to this file is not allowed"),
+    ("GET", "/v1/files/download/%2fetc%2fpasswd", None, 403, "Access to this file is not allowed"),
+    ("PUT", "/v1/tasks/video/", {}, 405, "Method Not Allowed"),
+    # Otherwise than there, on purpose: 400 for an address that cannot be reached, in place of 500.
+    (
+        "POST",
+        "/v1/tasks/video/",
+        {"image_path": "http://{server}/none.png"},
+        400,
+        "Image URL is not accessible: http://{server}/none.png",
+    ),
+]
+
+
+@pytest.fixture
+def server():
+    """Answers 404 to everybody."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+async def test_codes_and_texts_are_those_of_lightx2v(tmp_path, server):
+    app = make_app(tmp_path, "inputs.private_addresses=true")
+    async with client_of(make_http(app)) as client:
+        await submit(client, task_id="waits")
+        await submit(client, task_id="gone")
+        app.jobs.complete("gone").unlink()
+        for method, path, body, status, detail in GOLDEN:
+            sent = json.loads(json.dumps(body).replace("{server}", server))
+            answer = await client.request(method, path, json=sent)
+            assert (answer.status_code, answer.json()) == (status, {"detail": detail.replace("{server}", server)}), path
+
+
+async def test_a_full_queue_says_so_and_when_to_come_back(tmp_path):
+    async with client_of(make_http(make_app(tmp_path, "jobs.queue=1"))) as client:
+        await submit(client)
+        answer = await client.post("/v1/tasks/video/", json=CATS)
+        assert (answer.status_code, answer.json()["detail"]) == (503, "Task queue is full (max 1 tasks)")
+        assert answer.headers["retry-after"] == "7"
+
+
+INVALID = [
+    ({"seed": None}, ["body", "seed"]),
+    ({"seed": 1.5}, ["body", "seed"]),
+    ({"seed": True}, ["body", "seed"]),
+    ({"seed": "a"}, ["body", "seed"]),
+    ({"prompt": 7}, ["body", "prompt"]),
+    ({"target_video_length": "x"}, ["body", "target_video_length"]),
+    # Otherwise than there: these were accepted, and went wrong.
+    ({"task_id": ""}, ["body", "task_id"]),
+    ({"task_id": "../x"}, ["body", "task_id"]),
+    ({"lora_name": "style"}, ["body", "lora_name"]),
+    ({"last_frame_path": "/a.png"}, ["body", "last_frame_path"]),
+]
+
+
+async def test_what_the_schema_refuses_is_a_list(client):
+    for task, place in INVALID:
+        answer = await client.post("/v1/tasks/video/", json=task)
+        assert answer.status_code == 422, task
+        assert [error["loc"] for error in answer.json()["detail"]] == [place]
+        assert set(answer.json()["detail"][0]) == {"type", "loc", "msg"}
+
+
+@pytest.mark.parametrize("name", ["/etc/x.mp4", "../x.mp4", "a/../../x.mp4", "~/x.mp4", ".hidden.mp4", "a\x00.mp4"])
+async def test_no_result_leaves_its_folder(client, app, name):
+    answer = await client.post("/v1/tasks/video/", json={"save_result_path": name})
+    assert answer.status_code == 422
+    assert not app.jobs.jobs
+
+
+async def test_secrets_of_an_address_are_not_told(client):
+    answer = await client.post("/v1/tasks/video/", json={"image_path": "http://user:secret@127.0.0.1:1/a?key=secret"})
+    assert answer.status_code in (400, 403)
+    assert "secret" not in answer.text
+
+
+async def test_images_are_made_elsewhere(client):
+    for path in ("/v1/tasks/image/", "/v1/tasks/image/form", "/v1/tasks/image/sync"):
+        assert (await client.post(path, json={})).status_code == 409
