@@ -7,6 +7,7 @@ const SILENCE_MS = 60_000;
 
 let held = null;
 let asking = null;
+let declined = false;
 let ask = async () => null;
 
 /** What the server said when it did not do what it was asked; `status` 0: it did not answer. */
@@ -132,14 +133,18 @@ function keep(value) {
   }
 }
 
-/** Whether there is another token than `used` now. However many requests wait, the person is asked once. */
+/**
+ * Whether there is another token than `used` now. However many requests wait, the person is asked once; and once they
+ * have said no, only again when they have just done something.
+ */
 async function newToken(used) {
   if (token() !== used) return true;
+  if (declined && !navigator.userActivation?.isActive) return false;
   asking ??= ask(used !== null).finally(() => (asking = null));
   const given = await asking;
-  if (given === null) return false;
-  keep(given);
-  return true;
+  declined = given === null;
+  if (!declined) keep(given);
+  return !declined;
 }
 
 function send(file, kind, used, onProgress, signal) {

@@ -99,6 +99,7 @@ export class ClipView {
       const thumbnail = this.image.file ? await small($("clip-image").querySelector("img")) : null;
       this.shown = null;
       $("clip-go").disabled = true;
+      $("clip-stage").scrollIntoView({ block: "nearest" });
       const { command } = order;
       const files = [["image", order.image], ["audio", order.audio]].filter(([, file]) => file);
       const total = files.reduce((sum, [, file]) => sum + file.size, 0);
@@ -220,7 +221,8 @@ export class ClipView {
     if (running && total) words.push(t("clip.frames", { done: number(frames), total: number(total) }));
     else if (running && frames) words.push(t("clip.pieces", { done: number(frames) }));
     const rate = this.started ? (frames - this.started.frames) / (performance.now() - this.started.at) : 0;
-    if (rate > 0 && total) words.push(t("clip.left", { time: duration((total - frames) / rate / 1000) }));
+    const left_s = rate > 0 && total ? (total - frames) / rate / 1000 : 0;
+    if (left_s >= 1) words.push(t("clip.left", { time: duration(left_s) }));
     $("clip-working-left").textContent = words.join(" · ");
     if (part !== null) this.tellPart(part);
   }

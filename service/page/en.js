@@ -89,7 +89,7 @@ export default {
   "interrupt.plain": "Interrupted.",
   "say": "Text to say",
   "say.hint": "Enter speaks, Shift+Enter is a new line",
-  "say.over": "In place of what is being said",
+  "say.over": "Interrupt first",
   "say.go": "Say",
   "say.told": "It will be said.",
   "outputs": "Outputs",

@@ -107,7 +107,7 @@ export class LiveView {
 
   /** A session is on air, ours or somebody's: watch it, and steer it. */
   enter(id, status = null) {
-    Object.assign(this, { id, status, frames: [] });
+    Object.assign(this, { id, status, frames: [], wasLost: false });
     remember(id);
     this.image.clear();
     this.mute(false);
@@ -251,16 +251,14 @@ export class LiveView {
   }
 
   playerSays(state) {
-    $("live-tap").hidden = state !== "blocked";
-    const veil = { lost: "live.lost", waiting: "live.waiting", connecting: "live.opening", cannot: "live.cannot" }[state];
-    $("live-veil").hidden = veil === undefined;
-    if (veil) $("live-veil").textContent = t(veil);
-    if (state === "lost") this.note(t("live.lost"));
-    if (state === "playing") {
-      if (this.wasLost) this.note(t("live.back"));
-      this.wasLost = false;
+    if (state === "lost" && this.status?.on_air) {
+      this.wasLost = true;
+      this.note(t("live.lost"));
     }
-    this.wasLost ||= state === "lost";
+    if (state === "playing" && this.wasLost) {
+      this.wasLost = false;
+      this.note(t("live.back"));
+    }
     this.draw();
   }
 
@@ -312,6 +310,7 @@ export class LiveView {
       $("live-badge").hidden = $("live-veil").hidden = $("live-tap").hidden = true;
       return;
     }
+    this.drawVeil();
     this.drawBadge();
     this.drawFigures();
     this.drawOutputs(this.status?.outputs ?? []);
@@ -321,6 +320,17 @@ export class LiveView {
     $("live-mic").setAttribute("aria-pressed", String(this.micState !== "off"));
     $("live-mic-text").textContent = t({ asking: "mic.asking", lost: "mic.lost" }[this.micState] ?? "mic");
     $("live-sound").setAttribute("aria-pressed", String(!$("live-video").muted));
+  }
+
+  /** What lies over the picture while there is none. */
+  drawVeil() {
+    const words = { connecting: "live.opening", waiting: "live.waiting", lost: "live.lost", cannot: "live.cannot" };
+    const { state } = this.player;
+    const opening = this.status?.on_air === false && state !== "cannot";
+    const word = opening ? "live.opening" : words[state];
+    $("live-tap").hidden = state !== "blocked";
+    $("live-veil").hidden = word === undefined;
+    if (word && $("live-veil").textContent !== t(word)) $("live-veil").textContent = t(word);
   }
 
   drawBadge() {

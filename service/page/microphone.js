@@ -40,9 +40,10 @@ export class Microphone {
     }
     if (this.stopped) return this.release();
     this.stream.getAudioTracks()[0].onended = () => this.stop();
-    this.capture = new AudioWorkletNode(this.context, "capture", { numberOfOutputs: 0 });
+    this.capture = new AudioWorkletNode(this.context, "capture");
     this.capture.port.onmessage = ({ data }) => this.send(data);
-    this.context.createMediaStreamSource(this.stream).connect(this.capture);
+    // To the loudspeaker it sends silence; but what leads nowhere is not run by every browser.
+    this.context.createMediaStreamSource(this.stream).connect(this.capture).connect(this.context.destination);
     // A call on the phone takes the sound away; it comes back when the page is looked at again.
     this.visible = () => document.visibilityState === "visible" && this.context.resume().catch(() => {});
     document.addEventListener("visibilitychange", this.visible);

@@ -26,7 +26,7 @@ export class LivePlayer {
     this.connection = null;
     this.edge = new LiveEdge();
     this.playing = () => this.shown();
-    this.stalled = () => this.connection?.begun && this.edge.stalled(performance.now() / 1000);
+    this.stalled = () => this.connection?.begun && !this.video.seeking && this.edge.stalled(performance.now() / 1000);
     this.online = () => this.connection === null && this.connect();
   }
 

@@ -89,7 +89,7 @@ export default {
   "interrupt.plain": "已打断。",
   "say": "要说的文字",
   "say.hint": "回车发送，Shift+回车换行",
-  "say.over": "替换正在说的话",
+  "say.over": "先打断",
   "say.go": "说",
   "say.told": "即将说出。",
   "outputs": "输出",

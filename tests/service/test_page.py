@@ -617,12 +617,12 @@ def test_resampling_keeps_what_is_below_7_khz_and_nothing_above_9(seen: Visit, r
             for (const hz of [100, 1000, 7000, 9000, 12000]) {
                 const context = new OfflineAudioContext(1, rate, rate);
                 await context.audioWorklet.addModule("page/capture.js");
-                const capture = new AudioWorkletNode(context, "capture", { numberOfOutputs: 0 });
+                const capture = new AudioWorkletNode(context, "capture");
                 const pieces = [];
                 capture.port.onmessage = ({ data }) => pieces.push(new Int16Array(data.sound));
                 const tone = new OscillatorNode(context, { frequency: hz });
                 const half = new GainNode(context, { gain: 0.5 });
-                tone.connect(half).connect(capture);
+                tone.connect(half).connect(capture).connect(context.destination);
                 tone.start();
                 await context.startRendering();
                 await new Promise((resolve) => setTimeout(resolve, 50));
