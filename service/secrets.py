@@ -6,13 +6,17 @@ import os
 import stat
 from pathlib import Path
 
+from service import log
 from service.config import ConfigError
+from service.log import hide
 
 _MOST_BYTES = 65_536
 
 
 def read_secret(setting: str, file: Path | None, env: str) -> str:
     """The text in a file or an environment variable, without white space around it; empty where neither is named.
+
+    From then on the log blanks it, wherever it turns up.
 
     setting: what it is for, as errors call it, such as mqtt.password.
     Raises: ConfigError: both are named; missing, empty, more than one line, or a file that everybody may read.
@@ -51,4 +55,5 @@ def _one_line(text: str, where: str) -> str:
         raise ConfigError(f"{where}: is empty; write the secret into it")
     if not text.isprintable():
         raise ConfigError(f"{where}: holds more than one line, or something that cannot be printed")
+    hide(text)
     return text

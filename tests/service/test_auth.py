@@ -12,6 +12,7 @@ from service import auth
 from service.auth import MOST_COUNTED, Keys, is_loopback
 from service.commands import Refusal
 from service.config import ConfigError, Settings
+from service.log import without_secrets
 from service.secrets import read_secret
 
 BOT, ROOT, EYE = "b" * 24, "r" * 24, "e" * 24
@@ -179,6 +180,13 @@ def test_a_secret_is_named_by_file_or_variable_or_not_at_all(tmp_path, monkeypat
     assert read_secret("mqtt.password", None, "AVATARD_TEST_TOKEN") == "pass word"
     assert read_secret("mqtt.password", secret(tmp_path, "p", "geheim\n"), "") == "geheim"
     assert read_secret("mqtt.password", None, "") == ""
+
+
+def test_a_secret_that_was_read_is_blanked_in_the_log_from_then_on(tmp_path):
+    text = "never-to-be-seen-again"
+    assert text in without_secrets(f"somebody sent {text}")
+    read_secret("mqtt.password", secret(tmp_path, "p", text), "")
+    assert text not in without_secrets(f"somebody sent {text}")
 
 
 # Without tokens
