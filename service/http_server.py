@@ -245,6 +245,12 @@ class _WebSocketProtocol(WebSocketsSansIOProtocol):
         super().connection_made(transport)
         self._stall = _Stall(self.loop, transport)
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            # A refusal completes the handshake too; uvicorn takes it for a bug, and logs an error for each.
+            self.handshake_complete = True
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stall.end()
         super().connection_lost(exc)

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from fastapi import FastAPI, Path, Query, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette.types import Receive, Scope, Send
 
 from audio.errors import AvatardError
 from audio.source import SourceClosed
@@ -211,8 +212,7 @@ def add_session_routes(http: FastAPI, app: App) -> None:
     async def view(id: SessionId) -> Response:
         """Watch. A viewer who is too slow misses pictures and goes on at a keyframe."""
         session = app.sessions.get(id)
-        pieces = _until(session.view(), http.state.ending)
-        return StreamingResponse(pieces, media_type=session.view_type, headers={"Cache-Control": "no-store"})
+        return _Pictures(session.view(), session.view_type, http.state.ending)
 
     @http.get(
         "/v1/sessions/{id}/hls/{file}",
@@ -260,11 +260,14 @@ def add_session_routes(http: FastAPI, app: App) -> None:
         """Watch: first {"type": ...} for MediaSource, then a fragmented MP4: its beginning, then each fragment."""
         try:
             session = app.sessions.get(id)
-            pieces = _until(session.view(), http.state.ending)
+            pieces = session.view()
         except AvatardError as error:
             return await socket.send_denial_response(refused(error))
-        await socket.accept(_subprotocol(socket))
-        await _show(socket, session.view_type, pieces)
+        try:
+            await socket.accept(_subprotocol(socket))
+            await _show(socket, session.view_type, _until(pieces, http.state.ending))
+        finally:
+            await _leave(pieces)
 
 
 def _answer(session: Session) -> SessionAnswer:
@@ -278,10 +281,29 @@ def _subprotocol(socket: WebSocket) -> str | None:
 # Watching
 
 
+class _Pictures(StreamingResponse):
+    """A session's pictures as one file without end. Whatever happens, the viewer's place is free again at once."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], view_type: str, ending: asyncio.Event) -> None:
+        super().__init__(_until(pieces, ending), media_type=view_type, headers={"Cache-Control": "no-store"})
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await _leave(self._pieces)
+
+
+async def _leave(pieces: AsyncIterator[bytes]) -> None:
+    if (close := getattr(pieces, "aclose", None)) is not None:
+        await close()
+
+
 async def _until(pieces: AsyncIterator[bytes], ending: asyncio.Event) -> AsyncIterator[bytes]:
-    """The same, until the server ends; whatever happens, the viewer's place is free again at once."""
-    stopped = asyncio.ensure_future(ending.wait())
-    coming: asyncio.Future[bytes] | None = None
+    """The same, until the server ends."""
+    stopped: asyncio.Future[Any] = asyncio.ensure_future(ending.wait())
+    coming: asyncio.Future[Any] | None = None
     try:
         while not ending.is_set():
             coming = asyncio.ensure_future(anext(pieces, b""))  # type: ignore[arg-type]
@@ -294,8 +316,6 @@ async def _until(pieces: AsyncIterator[bytes], ending: asyncio.Event) -> AsyncIt
         if coming is not None:
             coming.cancel()
             await asyncio.wait({coming})
-        if (close := getattr(pieces, "aclose", None)) is not None:
-            await close()
 
 
 async def _show(socket: WebSocket, view_type: str, pieces: AsyncIterator[bytes]) -> None:
@@ -358,15 +378,15 @@ class _Speaker:
             self._left.set()
 
     async def run(self, feed: Feed | None) -> None:
-        with self._app.hub.listen() as news:
+        """Until one side has had enough. A client that leaves does so whenever it likes, and that is no error."""
+        with self._app.hub.listen() as news, contextlib.suppress(WebSocketDisconnect):
             feed = feed or await self._first_message()
             if feed is not None:
                 await self._tell("ready", **self._session.status())
                 await _first_of(self._read(), self._carry_out(feed), self._report(news), self._wait_to_leave())
-        code, why = self._why
-        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-            # RuntimeError: it is closed already.
-            await self._socket.close(code, why)
+            code, why = self._why
+            with contextlib.suppress(RuntimeError):  # what Starlette raises where the client has closed it
+                await self._socket.close(code, why)
 
     async def _first_message(self) -> Feed | None:
         try:

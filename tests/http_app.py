@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import io
+import itertools
 import time
 import wave
 from collections.abc import AsyncIterator, Iterator
@@ -198,22 +199,37 @@ class FakeSession:
     def view(self):
         if self.viewers >= 2:
             raise Refusal("full", "2 viewers watch, which is the limit")
-        self.viewers += 1
-        return self._view()
+        return FakeView(self)
 
-    async def _view(self) -> AsyncIterator[bytes]:
-        try:
-            yield b"beginning"
-            for piece in self.pieces if self.pieces is not None else []:
+
+class FakeView:
+    """A beginning, and fragments; holds a viewer's place until it is closed."""
+
+    def __init__(self, session: FakeSession) -> None:
+        self._session = session
+        session.viewers += 1
+        self._open = True
+        self._pieces = self._made()
+
+    async def _made(self) -> AsyncIterator[bytes]:
+        yield b"beginning"
+        if self._session.pieces is not None:
+            for piece in self._session.pieces:
                 yield piece
-            if self.pieces is None:
-                number = 0
-                while not self.closed.is_set():
-                    yield b"fragment %d" % number + bytes(50_000)
-                    number += 1
-                    await asyncio.sleep(0.001)
-        finally:
-            self.viewers -= 1
+            return
+        for number in itertools.count():
+            yield b"fragment %d" % number + bytes(50_000)
+            await asyncio.sleep(0.001)
+
+    def __aiter__(self) -> FakeView:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await anext(self._pieces)
+
+    async def aclose(self) -> None:
+        self._session.viewers -= self._open
+        self._open = False
 
 
 class FakeSessions:

@@ -461,7 +461,7 @@ BODIES = {
     "/v1/jobs": {"text": "a"},
     "/v1/sessions/one/say": {"text": "a"},
     "/v1/sessions/one/set": {"prompt": "a"},
-    "/v1/sessions/one/outputs": {"target": "rtmp://192.0.2.1/a/b"},
+    "/v1/sessions/one/outputs": {"target": "rtmp://1.1.1.1/a/b"},
 }
 
 
