@@ -16,13 +16,15 @@ class Conditioning:
 
     keys: [B, C, heads, dim] each, not rotated, because the reference frame moves along with the stream;
     values: [B, C, heads, dim] each; rows, columns: the token grid of a latent frame. The first rows * columns tokens
-    are the reference frame, the others (packed motion) stay where they are.
+    are the reference frame, the others (packed motion) stay where they are. version: how many there were before it in
+    this stream, so that a cache knows whose it holds.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     rows: int
     columns: int
+    version: int = 0
 
     @property
     def tokens(self) -> int:
@@ -41,13 +43,15 @@ class KVCache:
     Attention reads the buffers in place: softmax does not mind the order of keys, so a full ring needs no copy.
 
     keys, values: [B, C + ring, heads, dim] each, one pair per layer, keys rotated; conditioning_tokens: C;
-    reference_position: the frame position the reference's keys are rotated for at present.
+    reference_position: the frame position the reference's keys are rotated for at present; version: that of the
+    conditioning it holds.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     conditioning_tokens: int
     reference_position: int | None = None
+    version: int = 0
 
     @classmethod
     def empty(cls, conditioning: Conditioning, ring_frames: int, float8: bool = False) -> KVCache:
@@ -84,7 +88,7 @@ class KVCache:
         for layer, (k, v) in enumerate(zip(conditioning.keys, conditioning.values)):
             store(apply_rope(k, table), self.keys[layer][:, :tokens])
             store(v, self.values[layer][:, :tokens])
-        self.reference_position = reference_position
+        self.reference_position, self.version = reference_position, conditioning.version
 
     def move_reference(self, conditioning: Conditioning, table: Tensor, position: int) -> None:
         """Rotate the reference frame's keys for another position, in place. table: [rows * columns, dim / 2, 2]."""

@@ -7,7 +7,7 @@ or there imports torch or numpy, so that a plan is there at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 
 
 class When(IntEnum):
@@ -19,6 +19,16 @@ class When(IntEnum):
     """Once for each block of frames."""
     STEP = 2
     """Once for each denoising step of each block."""
+
+
+class Schedule(StrEnum):
+    """In which order the steps of successive blocks are made. The results are the same."""
+
+    SEQUENTIAL = "sequential"
+    """All of a block before any of the next: the least delay."""
+    WAVEFRONT = "wavefront"
+    """One of each block in flight, layer by layer together: a layer's weights are needed once for all of them. A block
+    comes out as many calls later as it has steps, less one."""
 
 
 @dataclass(frozen=True)

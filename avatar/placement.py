@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from audio.errors import AvatardError
 from avatar.cards import GIB, TABLE, Card
-from avatar.demand import Demand, Network, Rings, When
+from avatar.demand import Demand, Network, Rings, Schedule, When
 
 # What is known of the machine and of our code, beyond the rates of a card. None of it is measured on our code yet but
 # where a source is named; `avatard bench` compares plan and measurement.
@@ -56,13 +56,6 @@ def reserve_bytes(memory_bytes: int) -> int:
 class Precision(StrEnum):
     BF16 = "bf16"
     FP8 = "fp8"
-
-
-class Schedule(StrEnum):
-    SEQUENTIAL = "sequential"
-    """A block's steps one after the other: the least delay."""
-    WAVEFRONT = "wavefront"
-    """The steps of successive blocks together: one pass over the weights serves all; blocks come out later."""
 
 
 class Lives(StrEnum):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -112,12 +112,18 @@ class Reanchor(StrEnum):
     """And the generated frames, encoded again, take the motion frames' place."""
 
 
+Pass = Generator[int, None, Tensor]
+"""One pass through a network's layers: tells each layer's number just before it enters it, and gives its result."""
+
+
 class Denoiser(Protocol):
     """What sampling needs of a network; see `CausalDiT`."""
 
     def modulation(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def step(
+    def condition(self, cache: KVCache, conditioning: Conditioning) -> None: ...
+
+    def step_by_layer(
         self,
         x: Tensor,
         time: tuple[Tensor, Tensor],
@@ -129,7 +135,7 @@ class Denoiser(Protocol):
         reference_position: int,
         pose: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor: ...
+    ) -> Pass: ...
 
 
 def step_modulations(dit: Denoiser, levels: Tensor, device: torch.device | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -169,12 +175,82 @@ def denoise_block(
     Returns: latents, shaped and typed like `noise`.
     Source: Live Avatar (arXiv 2512.04677).
     """
-    x = noise
-    for s, dt in enumerate(levels.diff()):
-        velocity = dit.step(
-            x, times[s], conditioning, text, audio, caches[s], f0, reference_positions[s], pose=pose, mask=mask
+    flight = Flight(noise, conditioning, audio, f0, reference_positions, pose, [] if trace is None else trace)
+    while not advance(dit, [flight], caches, levels, times, text, mask):
+        pass
+    return flight.x
+
+
+@dataclass
+class Flight:
+    """A block on its way from noise to clean latents.
+
+    x: latents [B, c, F, h, w] as they are now; conditioning, audio, f0, reference_positions, pose: as `denoise_block`
+    takes them; trace: the latents after each step that was made.
+    """
+
+    x: Tensor
+    conditioning: Conditioning
+    audio: Any
+    f0: int
+    reference_positions: Sequence[int]
+    pose: Tensor | None = None
+    trace: list[Tensor] = field(default_factory=list)
+
+
+def advance(
+    dit: Denoiser,
+    flights: Sequence[Flight],
+    caches: Sequence[KVCache],
+    levels: Tensor,
+    times: Sequence[tuple[Tensor, Tensor]],
+    text: Any,
+    mask: Tensor | None = None,
+) -> bool:
+    """One step of each of these blocks, in place; layer by layer together.
+
+    Step s of a block needs step s - 1 of it, and what step s remembers of the block before: so blocks that follow each
+    other may be in flight at once, each a step behind the one before.
+
+    Args:
+        flights: the oldest first, no two at the same step; the rest as `denoise_block` takes it.
+    Returns: whether the oldest is clean now.
+    """
+    passes = []
+    for flight in flights:
+        s = len(flight.trace)
+        if caches[s].version != flight.conditioning.version:
+            # The block before was the last to be made on the old conditioning at this step.
+            dit.condition(caches[s], flight.conditioning)
+        passes.append(
+            dit.step_by_layer(
+                flight.x,
+                times[s],
+                flight.conditioning,
+                text,
+                flight.audio,
+                caches[s],
+                flight.f0,
+                flight.reference_positions[s],
+                pose=flight.pose,
+                mask=mask,
+            )
         )
-        x = euler_step(x, velocity, dt)
-        if trace is not None:
-            trace.append(x)
-    return x
+    falls = levels.diff()
+    for flight, velocity in zip(flights, in_lockstep(passes), strict=True):
+        flight.x = euler_step(flight.x, velocity, falls[len(flight.trace)])
+        flight.trace.append(flight.x)
+    return len(flights[0].trace) == len(falls)
+
+
+def in_lockstep(passes: Sequence[Pass]) -> list[Tensor]:
+    """The results of passes over the same layers: all are through a layer before any enters the next."""
+    results: dict[int, Tensor] = {}
+    while len(results) < len(passes):
+        for number, running in enumerate(passes):
+            if number not in results:
+                try:
+                    next(running)
+                except StopIteration as end:
+                    results[number] = end.value
+    return [results[number] for number in range(len(passes))]

@@ -133,6 +133,7 @@ def _check_pieces(model: Any, reference: Reference, sound: np.ndarray, whole: Se
     """The pieces of a block are the block: the same frames, to a rounding of the last level, and the same sound."""
     state = model.start(reference)
     pieces = [piece for audio in _cut(model.spec, sound, [len(sound)]) for piece in model.step_in_pieces(state, audio)]
+    pieces += model.finish(state)
     assert len(pieces) > len(whole)
     at = 0
     for piece in pieces:

@@ -24,7 +24,7 @@ from audio.errors import AvatardError
 from avatar.attention import apply_rope, attention, rope_table, sampled_positions
 from avatar.cache import Conditioning, KVCache
 from avatar.live_avatar.audio_encoder import AudioTokens, CausalAudioEncoder
-from avatar.sampling import PREFILL_POSITION
+from avatar.sampling import PREFILL_POSITION, Pass, in_lockstep
 
 MOTION_FRAMES = 19
 """Latent frames the frame packer reads, newest last: 16, then 2, then 1, at falling compression."""
@@ -490,7 +490,12 @@ class CausalDiT(nn.Module):
         )
         cache.condition(conditioning, rope, PREFILL_POSITION)
 
-    def step(
+    def step(self, *arguments: Any, **options: Any) -> Tensor:
+        """As `step_by_layer`, all layers at once."""
+        (velocity,) = in_lockstep([self.step_by_layer(*arguments, **options)])
+        return velocity
+
+    def step_by_layer(
         self,
         x: Tensor,
         time: tuple[Tensor, Tensor],
@@ -502,7 +507,7 @@ class CausalDiT(nn.Module):
         reference_position: int,
         pose: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Pass:
         """The velocity of one block at one noise level.
 
         Args:
@@ -524,12 +529,13 @@ class CausalDiT(nn.Module):
             cache.move_reference(conditioning, moved, reference_position)
         start = f0 * rows * columns
 
-        for i, block in enumerate(self.blocks):
+        for i in range(len(self.blocks)):
+            yield i
 
             def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = i) -> Tensor:
                 return attention(q, *cache.append(layer, k, v, start))
 
-            x = block(x, e0, attend, text[i] if text else None, rope)
+            x = self.blocks[i](x, e0, attend, text[i] if text else None, rope)
             if i in self.injector_of_block:
                 j = self.injector_of_block[i]
                 x = self.add_audio(j, x, audio[j], mask)

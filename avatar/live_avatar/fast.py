@@ -39,7 +39,7 @@ def fuse(dit: CausalDiT) -> None:
     """Few kernels instead of many: `avatar.live_avatar.fused`. After `use_float8`, if that is wanted."""
     from avatar.live_avatar.fused import FusedStep
 
-    dit.step = FusedStep(dit)  # type: ignore[method-assign]
+    dit.step_by_layer = FusedStep(dit)  # type: ignore[method-assign]
 
 
 def compile_transformer(dit: CausalDiT) -> None:

@@ -1,4 +1,4 @@
-"""A denoising step in few kernels: the same numbers as `CausalDiT.step` up to rounding, in the same order.
+"""A denoising step in few kernels: the numbers of `CausalDiT.step_by_layer` up to rounding, in the same order.
 
 What the plain step does in a pass over memory for each operation, it does in one for each stretch between two matrix
 products (`avatar.kernels`). Queries, keys and values come from one product, and keys and values go straight into the
@@ -18,10 +18,11 @@ from avatar.cache import Conditioning, KVCache
 from avatar.kernels import Norm, Rounded, gelu, residual_norm, rotate, split_heads
 from avatar.live_avatar.dit import Attention, Block, CausalDiT, Injection, TextKV
 from avatar.quantize import Float8Linear
+from avatar.sampling import Pass
 
 
 class FusedStep:
-    """`CausalDiT.step` of that network, whose weights may be 8-bit or not; batch 1.
+    """`CausalDiT.step_by_layer` of that network, whose weights may be 8-bit or not; batch 1.
 
     Joins the weights of queries, keys and values of each block; the separate ones become views of the joined, so both
     can be used and nothing is held twice.
@@ -45,8 +46,8 @@ class FusedStep:
         reference_position: int,
         pose: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor:
-        """See `CausalDiT.step`."""
+    ) -> Pass:
+        """See `CausalDiT.step_by_layer`."""
         dit = self.dit
         if len(x) != 1:
             raise ValueError(f"a batch of {len(x)}: the fused step takes one session")
@@ -59,7 +60,9 @@ class FusedStep:
         start = f0 * rows * columns
         x = dit.embed(x, pose)[0]
         _, h = residual_norm(x, norm=self.first_norm(0, modulations), float8=self.float8)
-        for i, block in enumerate(dit.blocks):
+        for i in range(len(dit.blocks)):
+            yield i
+            block = dit.blocks[i]
             following = self.first_norm(i + 1, modulations)
             rounds = self.float8 and following is not None
             r, y, gate = self.block(i, block, x, h, modulations[i], rope, cache, start, text[i] if text else None)
@@ -82,7 +85,7 @@ class FusedStep:
         """What block i begins with; None: there is no such block."""
         if i == len(self.dit.blocks):
             return None
-        return Norm(modulations[i, 1], modulations[i, 0], self.dit.blocks[i].eps, unit=True)
+        return Norm(modulations[i, 1], modulations[i, 0], self.dit.config.eps, unit=True)
 
     def block(
         self,

@@ -24,7 +24,8 @@ from audio.chunk import AudioBlock
 from audio.errors import AvatardError
 from audio.wav2vec import SpeechState, SpeechStream
 from avatar.cache import Conditioning, KVCache
-from avatar.live_avatar.dit import MOTION_FRAMES, CausalDiT, DiTConfig, TextKV
+from avatar.demand import Schedule
+from avatar.live_avatar.dit import MOTION_FRAMES, CausalDiT, DiTConfig, Injection, TextKV
 from avatar.live_avatar.size import MULTIPLE
 from avatar.live_avatar.text import PromptEncoder
 from avatar.live_avatar.vae import (
@@ -54,8 +55,8 @@ from avatar.live_avatar.weights import (
 )
 from avatar.model import FrameBlock, Part, Reference, StreamSpec
 from avatar.picture import cover
-from avatar.sampling import Reanchor, ReferenceDistance, denoise_block, sigmas, step_modulations
-from avatar.stateful import state_bytes
+from avatar.sampling import Flight, Reanchor, ReferenceDistance, advance, sigmas, step_modulations
+from avatar.stateful import clone, state_bytes
 
 LATENTS_PER_BLOCK = 3
 FRAMES_PER_BLOCK = LATENTS_PER_BLOCK * TEMPORAL_FACTOR
@@ -116,7 +117,8 @@ class Options:
     in a clip, the unit of noise seeds and of re-anchoring. reference_distance: see `ReferenceDistance`. motion_frames:
     equal frames encoded as the motion before the stream, 1 + 4k (73, which are 19 latents; 365 in the single-process
     pipeline, of whose latents the last 19 count), and how far back re-encoding looks. prime_latents: still latents the
-    decoder has seen before the first block (7; the decoder remembers 37).
+    decoder has seen before the first block (7; the decoder remembers 37). schedule: the order of the steps; the frames
+    are the same.
     """
 
     width: int = 704
@@ -132,6 +134,7 @@ class Options:
     prime_latents: int = 7
     decoding: Decoding = Decoding.STREAM
     crop: Crop = Crop.COVER
+    schedule: Schedule = Schedule.SEQUENTIAL
 
     def __post_init__(self) -> None:
         for name, kind in _POLICIES.items():
@@ -157,6 +160,18 @@ class Options:
             sigmas(self.steps, merge_last_step=self.merge_last_step)
         except ValueError as error:
             raise OptionError(str(error)) from error
+        if self.schedule is Schedule.WAVEFRONT:
+            if self.keeps_history:
+                what = "decoding" if self.decoding is Decoding.PER_CLIP else "reanchor"
+                raise OptionError(
+                    f"{what}: {getattr(self, what)} needs the frames of a clip before the next one begins, and "
+                    "schedule: wavefront makes them later; take the sequential one"
+                )
+            if self.clip_blocks < self.passes and self.reanchor is not Reanchor.NONE:
+                raise OptionError(
+                    f"clip_blocks: {self.clip_blocks} are over before a wavefront of {self.passes} steps has made the "
+                    f"first block; set {self.passes} or more"
+                )
 
     @classmethod
     def single_process(cls, **changes: object) -> Options:
@@ -192,6 +207,11 @@ class Options:
         return cls(**settings)
 
     @property
+    def passes(self) -> int:
+        """Through the transformer for each block."""
+        return self.steps - self.merge_last_step
+
+    @property
     def keeps_history(self) -> bool:
         """Whether generated frames are remembered to be encoded again."""
         return self.decoding is Decoding.PER_CLIP or self.reanchor is Reanchor.REFERENCE_MOTION
@@ -202,6 +222,7 @@ _POLICIES: dict[str, type[StrEnum]] = {
     "reference_latent": ReferenceLatent,
     "decoding": Decoding,
     "crop": Crop,
+    "schedule": Schedule,
 }
 
 
@@ -219,13 +240,23 @@ class Made:
 
 
 @dataclass
+class Coming:
+    """A block on its way: where it is in its steps, the features of its speech, and the sound it is of."""
+
+    flight: Flight
+    features: Tensor
+    sound: NDArray[np.float32]
+
+
+@dataclass
 class Session:
     """All that one stream remembers.
 
-    block: the next one; distances: the generator of reference distances; levels, times: the steps' noise levels and
-    time modulations; motion: latents [1, 16, M, h, w]; anchor: the first generated latent frame; noise: of the present
-    clip; pose: latents of the whole stream, where there is a pose video; still: the picture [1, 3, 1, H, W]; shown: the
-    last generated frames, where they are needed again; recent: the last blocks, for `LiveAvatar.resume`.
+    block: the next one to begin; coming: those that are begun and not made, the oldest first; distances: the generator
+    of reference distances; levels, times: the steps' noise levels and time modulations; motion: latents
+    [1, 16, M, h, w]; anchor: the first generated latent frame; noise: of the present clip; pose: latents of the whole
+    stream, where there is a pose video; still: the picture [1, 3, 1, H, W]; shown: the last generated frames, where
+    they are needed again; recent: the last blocks, for `LiveAvatar.resume`.
     """
 
     seed: int
@@ -241,6 +272,7 @@ class Session:
     still: Tensor
     shown: list[Tensor] = field(default_factory=list)
     recent: list[Made] = field(default_factory=list)
+    coming: list[Coming] = field(default_factory=list)
     anchor: Tensor | None = None
     noise: Tensor | None = None
     pose: Tensor | None = None
@@ -316,10 +348,6 @@ class LiveAvatar:
     # What it takes.
 
     @property
-    def _steps(self) -> int:
-        return self.options.steps - self.options.merge_last_step
-
-    @property
     def _latent_size(self) -> tuple[int, int]:
         return self.options.height // SPATIAL_FACTOR, self.options.width // SPATIAL_FACTOR
 
@@ -333,14 +361,20 @@ class LiveAvatar:
         kept += latent * (LATENTS_PER_BLOCK * options.clip_blocks + 1) * self.dit.dtype.itemsize
         config = self.dit.config
         features = config.audio_layers * config.audio_dim * FRAMES_PER_BLOCK
-        made = self._steps * LATENTS_PER_BLOCK * latent + features
+        made = options.passes * LATENTS_PER_BLOCK * latent + features
         kept += self._kept_blocks * made * self.dit.dtype.itemsize
+        if options.schedule is Schedule.WAVEFRONT:
+            # On their way between two calls are blocks with one step behind them, with two, and so on.
+            ahead = options.passes - 1
+            steps = ahead * (ahead + 1) // 2
+            kept += (steps * LATENTS_PER_BLOCK * latent + ahead * features) * self.dit.dtype.itemsize
+            kept += ahead * self.spec.samples_per_block * np.dtype(np.float32).itemsize
         frame = 3 * options.height * options.width * self.vae.dtype.itemsize
         history = frame * self._history_frames()
         decoder = decoder_state_bytes(self.vae, options.height, options.width)
         vae = self.vae.model
         return [
-            Part("dit", _bytes(self.dit), self._transformer_bytes() + kept, self._steps),
+            Part("dit", _bytes(self.dit), self._transformer_bytes() + kept, self.options.passes),
             Part("vae.decoder", _bytes(vae.decoder, vae.post_quant_conv), decoder + history, 1),
             Part("vae.encoder", _bytes(vae.encoder, vae.quant_conv), frame, 0),
             Part("speech", _bytes(self.speech.model), self.speech.past_samples * 4, 1),
@@ -359,10 +393,14 @@ class LiveAvatar:
             text = dit.encode_text(torch.empty(1, 1, config.text_dim))
             conditioning = dit.prefill(latent, latent if config.enable_framepack else None, text)
             ring_frames = LATENTS_PER_BLOCK * self.options.ring_blocks
-            caches = [dit.new_cache(conditioning, ring_frames) for _ in range(self._steps)]
+            caches = [dit.new_cache(conditioning, ring_frames) for _ in range(self.options.passes)]
             levels = sigmas(self.options.steps, merge_last_step=self.options.merge_last_step)
             times = step_modulations(dit, levels, latent.device)
-        return state_bytes([text, conditioning, caches, times]) + levels.nbytes
+            heard: list[Injection] = []
+            if self.options.schedule is Schedule.WAVEFRONT:
+                heard = clone(dit.hear(torch.empty(1, config.audio_layers, config.audio_dim, FRAMES_PER_BLOCK)))
+        coming = (self.options.passes - 1) * state_bytes(heard)
+        return state_bytes([text, conditioning, caches, times]) + levels.nbytes + coming
 
     @property
     def _kept_blocks(self) -> int:
@@ -402,7 +440,7 @@ class LiveAvatar:
             times=step_modulations(self.dit, levels, self.device),
             text=text,
             conditioning=conditioning,
-            caches=[self.dit.new_cache(conditioning, ring_frames) for _ in range(self._steps)],
+            caches=[self.dit.new_cache(conditioning, ring_frames) for _ in range(self.options.passes)],
             motion=motion[:, :, -MOTION_FRAMES:].clone(),
             vae=prime(self.vae, primer),
             speech=self.speech.init_state(),
@@ -418,52 +456,83 @@ class LiveAvatar:
         return self._speak(state, audio, 1)
 
     @torch.no_grad()
+    def finish(self, state: Session) -> list[FrameBlock]:
+        """The blocks that a wavefront has not made yet; none where the steps run in sequence."""
+        frames: list[FrameBlock] = []
+        while state.coming:
+            if made := self._advance(state):
+                frames += self._show(state, made, LATENTS_PER_BLOCK)
+        return frames
+
+    @torch.no_grad()
     def _speak(self, state: Session, audio: AudioBlock, latents_at_once: int) -> Iterator[FrameBlock]:
-        start = FRAMES_PER_BLOCK * state.block
-        sounds, samples = audio.samples[: audio.valid], self.spec.samples_per_frame
-        for video in self._decoded(state, self.denoise(state, audio), latents_at_once):
+        if made := self._denoise(state, audio):
+            yield from self._show(state, made, latents_at_once)
+
+    def _show(self, state: Session, made: Coming, latents_at_once: int) -> Iterator[FrameBlock]:
+        start, rest = made.flight.f0 * TEMPORAL_FACTOR, made.sound
+        samples = self.spec.samples_per_frame
+        for video in self._decoded(state, made.flight.x, latents_at_once):
             length = video.shape[2]
-            sound, sounds = sounds[: length * samples], sounds[length * samples :]
+            sound, rest = rest[: length * samples], rest[length * samples :]
             if shown := math.ceil(len(sound) / samples):
                 yield FrameBlock(to_host(to_uint8(video[0])).numpy()[:shown], sound, start)
             start += length
 
-    def finish(self, state: Session) -> list[FrameBlock]:
-        """Nothing is in flight: steps run in sequence."""
-        return []
-
     # The two halves of a step.
 
     @torch.no_grad()
-    def denoise(self, state: Session, audio: AudioBlock) -> Tensor:
-        """Latents [1, 16, 3, h, w] of the next block; advances all of `state` but the decoder."""
+    def denoise(self, state: Session, audio: AudioBlock) -> Tensor | None:
+        """Latents [1, 16, 3, h, w] of the next block; advances all of `state` but the decoder.
+
+        With a wavefront those of a block before, or None while there is none.
+        """
+        made = self._denoise(state, audio)
+        return made.flight.x if made else None
+
+    def _denoise(self, state: Session, audio: AudioBlock) -> Coming | None:
+        state.coming.append(self._begin(state, audio))
+        made = self._advance(state)
+        while not made and self.options.schedule is Schedule.SEQUENTIAL:
+            made = self._advance(state)
+        return made
+
+    def _begin(self, state: Session, audio: AudioBlock) -> Coming:
+        """The next block before its first step; all that is drawn and heard is drawn and heard here."""
         clip, place = divmod(state.block, self.options.clip_blocks)
         f0 = LATENTS_PER_BLOCK * state.block
         if place == 0:
             self._begin_clip(state, clip)
         features = self.speech.features(state.speech, audio).to(self.device)
-        references = self.options.reference_distance.positions(f0, self._steps, state.distances)
-        made = Made(features, references, [])
-        latents = denoise_block(
-            self.dit,
+        references = self.options.reference_distance.positions(f0, self.options.passes, state.distances)
+        state.block += 1
+        flight = Flight(
             self._noise(state, place),
             state.conditioning,
-            state.caches,
-            state.levels,
-            state.times,
-            state.text,
-            self.dit.hear(features),
+            self._hear(features),
             f0,
             references,
-            pose=self._pose(state, f0),
-            trace=made.latents,
+            self._pose(state, f0),
         )
-        state.recent.append(made)
+        return Coming(flight, features, audio.samples[: audio.valid].copy())
+
+    def _hear(self, features: Tensor) -> list[Injection]:
+        heard = self.dit.hear(features)
+        # What a captured graph gives is overwritten by the next block's; in a wavefront both are needed.
+        return heard if self.options.schedule is Schedule.SEQUENTIAL else clone(heard)
+
+    def _advance(self, state: Session) -> Coming | None:
+        """One step of each block that is coming; the oldest, if that made it."""
+        flights = [coming.flight for coming in state.coming]
+        if not advance(self.dit, flights, state.caches, state.levels, state.times, state.text):
+            return None
+        made = state.coming.pop(0)
+        flight = made.flight
+        state.recent.append(Made(made.features, list(flight.reference_positions), flight.trace))
         del state.recent[: -self._kept_blocks]
-        if state.block == 0:
-            state.anchor = latents[:, :, :1].clone()
-        state.block += 1
-        return latents
+        if flight.f0 == 0:
+            state.anchor = flight.x[:, :, :1].clone()
+        return made
 
     @torch.no_grad()
     def decode(self, state: Session, latents: Tensor) -> Tensor:
@@ -507,14 +576,16 @@ class LiveAvatar:
     def snapshot(self, state: Session) -> Session:
         """`state` without what `resume` makes again: prompt, conditioning, rings, noise and the decoder's memory."""
         streams = self.options.decoding is Decoding.STREAM
+        nothing = Conditioning([], [], 0, 0)
         return replace(
             state,
             times=[],
             text=[],
-            conditioning=Conditioning([], [], 0, 0),
+            conditioning=nothing,
             caches=[],
             noise=None,
             vae=VaeState([]) if streams else state.vae,
+            coming=[replace(c, flight=replace(c.flight, conditioning=nothing, audio=[])) for c in state.coming],
         )
 
     @torch.no_grad()
@@ -526,32 +597,36 @@ class LiveAvatar:
         """
         new = self.start(reference)
         state = replace(saved, times=new.times, text=new.text, conditioning=new.conditioning, caches=new.caches)
-        first = saved.block - len(saved.recent)
+        first = saved.block - len(saved.coming) - len(saved.recent)
         streams = self.options.decoding is Decoding.STREAM
         if streams:
             state.vae = self.vae.init_decoder() if first else new.vae
         anchored = False
-        for block, made in enumerate(saved.recent, first):
+        begun = [Made(c.features, list(c.flight.reference_positions), c.flight.trace) for c in saved.coming]
+        for block, made in enumerate([*saved.recent, *begun], first):
             clip, place = divmod(block, self.options.clip_blocks)
             if place == 0 or block == first:
                 self._draw_noise(state, clip)
             if clip and not anchored and self.options.reanchor is not Reanchor.NONE:
                 self._condition(state)
                 anchored = True
-            self._fill_rings(state, block, made)
-            if streams:
+            audio = self._hear(made.features)
+            self._fill_rings(state, block, made, audio)
+            if (index := block - first - len(saved.recent)) >= 0:
+                flight = state.coming[index].flight
+                flight.conditioning, flight.audio = state.conditioning, audio
+            elif streams:
                 self.vae.decode(made.latents[-1], state.vae)
         return state
 
-    def _fill_rings(self, state: Session, block: int, made: Made) -> None:
-        """A block's keys and values once more, in place."""
-        f0 = LATENTS_PER_BLOCK * block
-        before = [self._noise(state, block % self.options.clip_blocks), *made.latents]
-        audio = self.dit.hear(made.features)
+    def _fill_rings(self, state: Session, block: int, made: Made, audio: list[Injection]) -> None:
+        """A block's keys and values once more, in place, of the steps that it has behind it."""
+        f0, given = LATENTS_PER_BLOCK * block, state.conditioning
+        before = [self._noise(state, block % self.options.clip_blocks), *made.latents][: len(made.latents)]
         for x, time, cache, position in zip(before, state.times, state.caches, made.references):
-            self.dit.step(
-                x, time, state.conditioning, state.text, audio, cache, f0, position, pose=self._pose(state, f0)
-            )
+            if cache.version != given.version:
+                self.dit.condition(cache, given)
+            self.dit.step(x, time, given, state.text, audio, cache, f0, position, pose=self._pose(state, f0))
 
     # Inside.
 
@@ -590,9 +665,9 @@ class LiveAvatar:
     def _condition(self, state: Session) -> None:
         """The first generated frame and the motion frames as conditioning."""
         assert state.anchor is not None
+        before = state.conditioning.version
         state.conditioning = self.dit.prefill(state.anchor, state.motion, state.text)
-        for cache in state.caches:
-            self.dit.condition(cache, state.conditioning)
+        state.conditioning.version = before + 1
 
     def _encode_history(self, state: Session) -> Tensor:
         """Latents of the last `motion_frames` frames: the still picture, then what was generated."""

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from avatar.cache import Conditioning, KVCache
 from avatar.sampling import (
+    Pass,
     Reanchor,
     ReferenceDistance,
     denoise_block,
     euler_step,
+    in_lockstep,
     reference_position,
     shifted_sigmas,
     sigmas,
@@ -140,8 +143,15 @@ class Straight:
     def modulation(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return t, t
 
-    def step(self, x, time, conditioning, text, audio, cache, f0, reference_position, pose=None, mask=None) -> Tensor:
+    def condition(self, cache, conditioning) -> None:
+        cache.version = conditioning.version
+
+    def step_by_layer(
+        self, x, time, conditioning, text, audio, cache, f0, reference_position, pose=None, mask=None
+    ) -> Pass:
+        assert cache.version == conditioning.version
         self.calls.append((time[0].item(), cache, reference_position))
+        yield 0
         return self.velocity
 
 
@@ -152,9 +162,24 @@ def test_a_block_takes_each_level_with_its_own_cache(steps: int, merge_last_step
     dit = Straight(noise, clean)
     levels = sigmas(steps, merge_last_step=merge_last_step)
     count = steps - merge_last_step
-    caches: list[Any] = [f"cache {s}" for s in range(count)]
+    caches = [KVCache([], [], 0) for _ in range(count)]
+    conditioning = Conditioning([], [], 0, 0, version=1)
     positions = list(range(30, 30 + count))
     times = step_modulations(dit, levels)
-    latents = denoise_block(dit, noise, None, caches, levels, times, [], [], 3, positions)  # type: ignore[arg-type]
+    latents = denoise_block(dit, noise, conditioning, caches, levels, times, [], [], 3, positions)
     torch.testing.assert_close(latents, clean, rtol=1e-5, atol=1e-5)
     assert dit.calls == list(zip(timesteps(levels).tolist(), caches, positions))
+
+
+def test_passes_go_through_a_layer_together() -> None:
+    seen: list[tuple[str, int]] = []
+
+    def layers(name: str, count: int) -> Pass:
+        for i in range(count):
+            yield i
+            seen.append((name, i))
+        return torch.tensor(count)
+
+    results = in_lockstep([layers("a", 3), layers("b", 3)])
+    assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert [result.item() for result in results] == [3, 3]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from audio.chunk import AudioBlock
 from audio.wav2vec import SpeechState, SpeechStream
+from avatar.demand import Schedule
 from avatar.live_avatar.dit import ConfigMismatch, DiTConfig
 from avatar.live_avatar.generator import (
     SEAM_BLOCKS,
@@ -250,6 +251,29 @@ def test_the_contract_of_a_model_is_kept(small):
     check_model(small, blocks=2)
 
 
+@pytest.mark.parametrize("changes", [{}, {"merge_last_step": True}, {"reanchor": Reanchor.NONE, "clip_blocks": 1}])
+def test_a_wavefront_gives_the_same_frames_later(networks, speech, picture, changes):
+    both = []
+    for schedule in Schedule:
+        options = replace(SMALL, **{"clip_blocks": 4, **changes}, schedule=schedule)
+        model = LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), options)
+        state = model.start(Reference(picture, seed=1))
+        made = [model.step(state, sound_block(i, 1_300 if i == 8 else BLOCK)) for i in range(9)]
+        late = options.passes - 1 if schedule is Schedule.WAVEFRONT else 0
+        assert [len(blocks) for blocks in made] == [0] * late + [1] * (9 - late)
+        both.append([block for blocks in made for block in blocks] + model.finish(state))
+        assert model.finish(state) == []
+    for one, other in zip(*both, strict=True):
+        assert one.start == other.start
+        np.testing.assert_array_equal(one.frames, other.frames)
+        np.testing.assert_array_equal(one.audio, other.audio)
+
+
+def test_a_wavefront_keeps_the_contract_of_a_model(networks, speech):
+    options = replace(SMALL, schedule=Schedule.WAVEFRONT, steps=2)
+    check_model(LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), options), blocks=2)
+
+
 def test_another_seed_gives_other_frames(small, picture):
     ours, other = (frames_of(small, small.start(Reference(picture, seed=seed)), [0]) for seed in (5, 6))
     assert (ours != other).any()
@@ -277,6 +301,8 @@ def resumed(model, state, reference):
         (3, {"merge_last_step": True, "clip_blocks": 1}),
         (3, {"reanchor": Reanchor.REFERENCE_MOTION}),
         (3, {"decoding": Decoding.PER_CLIP}),
+        (2, {"schedule": Schedule.WAVEFRONT, "clip_blocks": 4}),
+        (5, {"schedule": Schedule.WAVEFRONT, "clip_blocks": 4, "ring_blocks": 4}),
     ],
 )
 def test_a_session_resumed_with_all_its_blocks_goes_on_to_the_bit(networks, speech, picture, changes, blocks):
@@ -287,8 +313,10 @@ def test_a_session_resumed_with_all_its_blocks_goes_on_to_the_bit(networks, spee
         model.step(state, sound_block(i))
     other = resumed(model, state, reference)
     assert state_bytes(other) == state_bytes(state)
-    following = [blocks]
-    np.testing.assert_array_equal(frames_of(model, other, following), frames_of(model, state, following))
+    ours, theirs = ([*model.step(each, sound_block(blocks)), *model.finish(each)] for each in (other, state))
+    assert len(ours) > 0
+    for mine, wanted in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine.frames, wanted.frames)
 
 
 def test_the_seam_of_a_resumed_session_is_small(networks, speech, picture):
@@ -322,6 +350,7 @@ def test_the_seam_of_a_resumed_session_is_small(networks, speech, picture):
         {"reference_latent": ReferenceLatent.SECOND_OF_FIVE},
         {"decoding": Decoding.PER_CLIP},
         {"width": 128, "motion_frames": 73},
+        {"schedule": Schedule.WAVEFRONT, "clip_blocks": 4},
     ],
 )
 def test_planned_bytes_are_allocated_bytes_and_stay_so(networks, speech, picture, changes):
@@ -329,6 +358,8 @@ def test_planned_bytes_are_allocated_bytes_and_stay_so(networks, speech, picture
     state = model.start(Reference(picture))
     planned = sum(part.session_bytes for part in model.parts())
     full = model.options.ring_blocks + SEAM_BLOCKS
+    if model.options.schedule is Schedule.WAVEFRONT:
+        full += model.options.passes - 1
     frames_of(model, state, range(full))
     assert state_bytes(state) == planned
     frames_of(model, state, range(full, full + 1))
@@ -398,6 +429,8 @@ def test_options_come_from_settings_by_name():
         ({"steps": "four"}, "steps: 'four' is no whole number"),
         ({"merge_last_step": 1}, "merge_last_step: 1 is no true or false"),
         ({"reference_distance": 31}, "reference_distance"),
+        ({"schedule": "wavefront", "reanchor": "reference+motion"}, "reanchor: reference+motion needs the frames"),
+        ({"schedule": "wavefront", "clip_blocks": 3}, "clip_blocks: 3 are over before"),
     ],
 )
 def test_a_setting_that_does_not_work_is_named(settings, says):
