@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 REDIRECTS = 5
 FETCHES = 16
-"""At once; whoever is too much waits, within its time."""
+"""At once, from each kind of source; whoever is too much waits, within its time."""
 UPLOADS = 32
 """At once; whoever is too much is refused."""
 READ_S = 10.0
@@ -86,11 +86,19 @@ class Inputs:
         self._spool = Spool(
             Path(os.path.expanduser(settings.daemon.state)) / "spool", round(settings.inputs.spool_gb * 1e9), clock
         )
-        self._threads = ThreadPoolExecutor(FETCHES + UPLOADS, thread_name_prefix="inputs")
-        self._fetches = asyncio.Semaphore(FETCHES)
+        self._threads = ThreadPoolExecutor(2 * FETCHES + UPLOADS, thread_name_prefix="inputs")
+        # Slow servers, or a folder of a network that hangs, hold up their own kind alone.
+        self._slots = {kind: asyncio.Semaphore(FETCHES) for kind in ("path", "url", "data")}
         self._uploads = 0
         self._checks = asyncio.Semaphore(CHECKS)
         self._known: OrderedDict[tuple[str, Kind], None] = OrderedDict()
+
+    def use(self, settings: Settings) -> None:
+        """Go on with other limits and roots; what is under way keeps those it began with, or takes the new ones."""
+        self._settings = settings
+        self._most_bytes = round(settings.inputs.max_mb * 1e6)
+        self._known.clear()  # they were looked into with the old limits
+        self._spool.limit = round(settings.inputs.spool_gb * 1e9)
 
     @property
     def spool_bytes(self) -> int:
@@ -108,17 +116,16 @@ class Inputs:
             return await self._uploaded(source.upload, kind, shown)
         if source.path is not None:
             path = source.path
-            parts = self._read(lambda: self._open(path, shown), shown)
-        elif source.url is not None:
-            parts = self._download(source.url, shown)
-        else:
-            assert source.data is not None
-            parts = _decoded(source.data, self._most_bytes, shown)
-        return await self._bring(parts, kind, shown)
+            return await self._bring("path", self._read(lambda: self._open(path, shown), shown), kind, shown)
+        if source.url is not None:
+            return await self._bring("url", self._download(source.url, shown), kind, shown)
+        assert source.data is not None
+        return await self._bring("data", _decoded(source.data, self._most_bytes, shown), kind, shown)
 
     async def adopt(self, path: Path, kind: Kind) -> Path:
         """A file that the operator named in the settings, wherever it lies, as `fetch` gives it. Raises: Refusal."""
-        return await self._bring(self._read(lambda: path.expanduser().open("rb"), str(path)), kind, str(path))
+        parts = self._read(lambda: path.expanduser().open("rb"), str(path))
+        return await self._bring("path", parts, kind, str(path))
 
     async def keep(self, stream: AsyncIterator[bytes], kind: Kind, name: str = "") -> Path:
         """An upload as a file in the spool, whole and on the disk, looked into; its name is what `upload` refers to.
@@ -195,10 +202,10 @@ class Inputs:
 
     # Into the spool
 
-    async def _bring(self, parts: AsyncGenerator[bytes, None], kind: Kind, shown: str) -> Path:
+    async def _bring(self, slot: str, parts: AsyncGenerator[bytes, None], kind: Kind, shown: str) -> Path:
         fetch_s = self._settings.inputs.fetch_s
         try:
-            async with asyncio.timeout(fetch_s) as limit, self._fetches:
+            async with asyncio.timeout(fetch_s) as limit, self._slots[slot]:
                 return await self._store(parts, kind, shown, limit)
         except TimeoutError:
             raise Refusal(

@@ -44,7 +44,7 @@ class Spool:
     """
 
     def __init__(self, folder: Path, limit: int, clock: Callable[[], float] = time.time) -> None:
-        self._folder, self._limit, self._clock = folder, limit, clock
+        self._folder, self.limit, self._clock = folder, limit, clock
         # Held while a file is placed, looked up or deleted, so that none is deleted between being found and touched.
         self._lock = threading.Lock()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class Spool:
                 except FileNotFoundError:
                     continue
                 age_s = self._clock() - stat.st_mtime
-                if age_s > max(older_s, GRACE_S) or (age_s > GRACE_S and self._bytes > FULL * self._limit):
+                if age_s > max(older_s, GRACE_S) or (age_s > GRACE_S and self._bytes > FULL * self.limit):
                     path.unlink(missing_ok=True)
                     self._bytes -= stat.st_size
                     deleted += 1
@@ -100,8 +100,8 @@ class Spool:
 
     def _take(self, count: int) -> None:
         with self._lock:
-            if count > 0 and self._bytes + count > self._limit:
-                raise SpoolFull(f"the spool is full ({self._limit / 1e9:g} GB)")
+            if count > 0 and self._bytes + count > self.limit:
+                raise SpoolFull(f"the spool is full ({self.limit / 1e9:g} GB)")
             self._bytes += count
 
     def _touched(self, path: Path) -> Path | None:

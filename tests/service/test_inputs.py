@@ -756,11 +756,30 @@ async def test_a_password_goes_to_the_server_it_is_for_and_no_further(make):
 
 
 async def test_who_is_too_much_waits_within_their_own_time(make, monkeypatch):
+    """And slow servers hold up nobody who sends the file itself."""
     monkeypatch.setattr(module, "FETCHES", 1)
-    inputs = make(fetch_s=0.2)
-    async with inputs._fetches:
-        await refused(inputs.fetch(Source(data=base64.b64encode(PNG).decode()), "image"), "invalid", "0.2 s")
-    await inputs.fetch(Source(data=base64.b64encode(PNG).decode()), "image")
+    silent = asyncio.Event()
+
+    async def wait(*_: object) -> None:
+        await silent.wait()
+
+    async with serving() as web:
+        web.answers["/slow"] = wait
+        web.serve("/a.png", PNG)
+        inputs = make(private_addresses=True)
+        slow = asyncio.create_task(inputs.fetch(Source(url=web.url("/slow")), "image"))
+        await until_async(lambda: web.requests, 5)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await inputs.fetch(Source(url=web.url("/a.png")), "image")
+        assert len(web.requests) == 1
+        inputs.use(Settings.model_validate({"inputs": {"fetch_s": 0.1, "private_addresses": True}}))
+        await refused(inputs.fetch(Source(url=web.url("/a.png")), "image"), "invalid", "0.1 s")
+        await inputs.fetch(Source(data=base64.b64encode(PNG).decode()), "image")
+        silent.set()
+        await refused(slow, "invalid")
+        inputs.use(Settings.model_validate({"inputs": {"private_addresses": True}}))
+        await inputs.fetch(Source(url=web.url("/a.png")), "image")
 
 
 # Base64 and uploads
@@ -938,6 +957,13 @@ async def test_the_limits_of_the_settings_hold(make, tmp_path, wav):
     inputs = Inputs(settings)
     await refused(inputs.keep(once(PNG), "image"), "invalid", "million pixels")
     await refused(inputs.keep(once(wav), "audio"), "invalid", "limit")
+
+
+async def test_smaller_limits_hold_for_what_is_there_already(make, tmp_path):
+    inputs = make()
+    path = await inputs.keep(once(PNG), "image")
+    inputs.use(Settings.model_validate({"limits": {"picture_megapixels": 0.001}}))
+    await refused(inputs.fetch(Source(upload=path.name), "image"), "invalid", "million pixels")
 
 
 async def test_a_file_is_looked_into_once(make, monkeypatch):
