@@ -26,8 +26,11 @@ from audio.errors import AvatardError  # noqa: E402
 from service import VERSION  # noqa: E402
 
 if TYPE_CHECKING:
+    from service.batch import Outcome
+    from service.batch_plan import BatchRequest
     from service.config import Settings
 
+SOME_FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -192,6 +195,143 @@ def _run_live(
     if show.interactive:
         kept = f"; {', '.join(result.outputs)}" if result.outputs else ""
         print(f"off air after {result.seconds:.1f} s, {result.held} frames held{kept}", file=sys.stderr)
+
+
+@app.command("batch")
+def batch_command(
+    image: Annotated[
+        list[Path],
+        typer.Option(
+            "--image",
+            "-i",
+            help="A picture for all, or a table (.csv, .jsonl) with a line for a sound: audio, image, prompt, seed, "
+            "name. Repeatable: a picture and a table.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of results.")],
+    sources: Annotated[
+        list[Path] | None, typer.Argument(metavar="[AUDIO]...", help="Folders and files. Without any: the table's.")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="Of names in the folders, as '*.wav' or 'en/*'. Repeatable.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Of names and folders to leave out. Repeatable.")] = None,
+    recursive: Annotated[bool, typer.Option("--recursive/--flat", help="Whether folders in folders count.")] = True,
+    model: Annotated[str | None, typer.Option(help="As of avatard run.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the person does, where the table does not say.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Where the table does not say. Default 0.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, as 704x384. Default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster; local: on one of this machine alone.")
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: models side by side. Default: one for each GPU, or 2 cores.")
+    ] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make all of it anew, whatever is there.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON for each result, and one at the end.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Make many sounds into files. Begun again, it goes on where it was, and makes nothing twice.
+
+    Exit status: 0 all is there, 1 something failed (see report.txt in the folder of results), 2 it could not begin,
+    130 it was stopped.
+    """
+    from service import log
+    from service.batch_plan import BatchRequest
+    from service.config import load_settings
+
+    log.set_up()
+    width, height = parse_size(size)
+    settings = load_settings(
+        config,
+        assignments or (),
+        model__name=model,
+        model__prompt=prompt,
+        model__seed=seed,
+        model__width=width,
+        model__height=height,
+        model__steps=steps,
+    )
+    request = BatchRequest(
+        sources=tuple(sources or ()),
+        images=tuple(image),
+        out=out,
+        patterns=tuple(pattern or ()),
+        exclude=tuple(exclude or ()),
+        recursive=recursive,
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+    )
+    if dry:
+        _tell_plan(request, settings, as_json)
+        return
+    if actors is not None and ray is None:
+        raise AvatardError(f"--actors {actors}: is for a Ray cluster; add --ray ADDRESS or --ray local")
+    show = _Show(interactive=sys.stderr.isatty() and not quiet and not as_json, as_json=as_json, quiet=quiet)
+    _run_batch(request, settings, show, ray, actors)
+
+
+def _tell_plan(request: BatchRequest, settings: Settings, as_json: bool) -> None:
+    from service.batch import dry_run
+    from service.batch_plan import shown
+
+    for step in dry_run(request, settings):
+        item = step.item
+        if as_json:
+            told = {"do": step.do, "name": item.name, "audio": str(item.audio), "image": str(item.image)}
+            print(json.dumps(told | {"prompt": item.prompt, "seed": item.seed, "why": step.why}))
+        else:
+            why = f"  {step.why}" if step.why else ""
+            print(f"{step.do:6}  {shown(item.name)}  {shown(item.audio)}  {shown(item.image)}{why}")
+
+
+def _run_batch(request: BatchRequest, settings: Settings, show: _Show, ray: str | None, actors: int | None) -> None:
+    from service.batch import BatchWatcher, batch
+
+    workers = None
+    if ray is not None:
+        from service.batch_ray import ray_workers
+
+        workers = ray_workers(ray, actors, request.out)
+    if show.interactive:
+        from service.progress import BatchBars
+
+        with BatchBars() as bars:
+            result = batch(request, settings, bars, workers)
+    else:
+        watcher = BatchWatcher()
+        if show.as_json:
+            watcher.ended = lambda slot, outcome: print(json.dumps(outcome.told()), flush=True)  # type: ignore[method-assign]
+        elif not show.quiet:
+            watcher.ended = lambda slot, outcome: _tell_failure(outcome)  # type: ignore[method-assign]
+        result = batch(request, settings, watcher, workers)
+    counts, report = result.counts(), request.out / "report.txt"
+    if show.as_json:
+        print(json.dumps({"counts": counts, "stopped": result.stopped, "wall_s": result.wall_s, "report": str(report)}))
+    elif show.interactive:
+        told = ", ".join(f"{number} {word}" for word, number in counts.items())
+        print(f"{request.out}: {told}, in {result.wall_s:.1f} s; see {report}", file=sys.stderr)
+    if result.halted:
+        _complain(f"{result.halted}; {result.count('waiting')} of {len(result.outcomes)} wait")
+    if result.stopped:
+        _complain(f"stopped; {result.count('waiting')} of {len(result.outcomes)} wait, the same command goes on")
+        raise typer.Exit(INTERRUPTED)
+    if result.halted or result.count("failed"):
+        raise typer.Exit(SOME_FAILED)
+
+
+def _tell_failure(outcome: Outcome) -> None:
+    from service.batch_plan import shown
+
+    if outcome.state == "failed":
+        _complain(f"{shown(outcome.item.name)}: {outcome.error}")
 
 
 @app.command()

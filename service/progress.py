@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
+from service.batch import BatchWatcher, Outcome
+from service.batch_plan import Item, Step, shown
 from service.live import Event, LiveWatcher
 from service.run import Watcher
 
@@ -61,6 +71,63 @@ class Bar(Watcher):
         rate = (last - first) / (now - since) if now > since else 0.0
         speed = f"{rate:.1f} fps, {rate / self._fps:.2f} x real time" if rate else ""
         self._progress.update(self._task, completed=progress.frames, speed=speed)
+
+
+class BatchBars(BatchWatcher):
+    """Bars for a whole batch and for what is being made, and a line for each failure, on stderr, for a terminal.
+
+    Use as a context manager around the batch.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+        )
+        self._whole = self._progress.add_task("looking at the sounds", total=None, note="")
+        self._slots: dict[int, TaskID] = {}
+        self._seen: dict[int, deque[tuple[float, int]]] = {}
+        self._failed = 0
+
+    def __enter__(self) -> BatchBars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def looked(self, number: int, items: int) -> None:
+        self._progress.update(self._whole, completed=number, total=items)
+
+    def planned(self, steps: Sequence[Step]) -> None:
+        self._progress.update(self._whole, description="all", completed=0, total=len(steps))
+
+    def began(self, slot: int, item: Item) -> None:
+        if slot not in self._slots:
+            self._slots[slot] = self._progress.add_task("", total=None, note="")
+        self._seen[slot] = deque(maxlen=WINDOW)
+        self._progress.reset(self._slots[slot], description=shown(item.name), total=None, note="")
+
+    def advanced(self, slot: int, frames: int, total: int | None) -> None:
+        seen = self._seen[slot]
+        seen.append((self._clock(), frames))
+        (since, first), (now, last) = seen[0], seen[-1]
+        note = f"{(last - first) / (now - since):.1f} fps" if now > since else ""
+        self._progress.update(self._slots[slot], completed=frames, total=total, note=note)
+
+    def ended(self, slot: int | None, outcome: Outcome) -> None:
+        if outcome.state == "failed":
+            self._failed += 1
+            self._console.print(f"{shown(outcome.item.name)}: {outcome.error}", markup=False, highlight=False)
+        self._progress.update(self._whole, advance=1, note=f"{self._failed} failed" if self._failed else "")
 
 
 class StatusLine(LiveWatcher):

@@ -228,8 +228,8 @@ class _Folder:
     def save(self, blocks: int, frames: int, video_bytes: int, state: bytes) -> None:
         """Write a checkpoint whose packets are safe; a kill on the way leaves the one before."""
         checkpoint = _Checkpoint(self.identity(), blocks, frames, video_bytes, len(state))
-        _write_whole(self._state(checkpoint.blocks), state)
-        _write_whole(self._checkpoint, json.dumps(asdict(checkpoint)).encode())
+        write_whole(self._state(checkpoint.blocks), state)
+        write_whole(self._checkpoint, json.dumps(asdict(checkpoint)).encode())
         for old in self.path.glob("state-*"):
             if old != self._state(checkpoint.blocks):
                 old.unlink()
@@ -244,7 +244,7 @@ class _Folder:
     def note(self, result: RenderResult) -> None:
         """Write down what will be the result as soon as the finished file has its name."""
         record = {"identity": self.identity(), **asdict(result), "path": str(result.path)}
-        _write_whole(self._result, json.dumps(record).encode())
+        write_whole(self._result, json.dumps(record).encode())
 
     def noted(self, target: Path) -> RenderResult | None:
         """The result of an earlier call that was ended after its file was finished, where that is there still."""
@@ -650,7 +650,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """A file that is there in full or not at all, whatever happens, and stays. Raises: OSError."""
     part = path.with_name(f".{path.name}.part")
     try:

@@ -1,0 +1,218 @@
+"""The renders of a batch on a Ray cluster: actors that have an engine each, wherever Ray puts them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from service.batch import Halted, Workers, attempt
+from service.batch_plan import OWN_FOLDER, BatchError
+from service.run import Stopped, engine_settings
+from streaming.engine import Engine
+
+if TYPE_CHECKING:
+    from service.config import Settings
+    from service.render import RenderRequest
+
+DEATHS = 3
+"""So often may an actor, or its whole machine, be lost over one item."""
+
+LOOK_S = 0.5
+"""From one look at how far an actor is to the next."""
+
+PATHS = ("image", "audio", "target", "folder")
+
+
+def ray_workers(
+    address: str, actors: int | None, out: Path
+) -> Callable[[Settings], AbstractAsyncContextManager[Workers]]:
+    """What `batch` takes to work on a cluster.
+
+    Args:
+        address: of the cluster, as HOST:PORT, ray://HOST:PORT or auto; local: one that is started here and ends with
+            the batch.
+        actors: side by side; None: as many as the cluster has GPUs, or half as many as it has cores.
+        out: the folder of results, which every machine has to see under the same path; as the sounds and pictures.
+    Raises: BatchError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise BatchError("--ray: Ray is not installed; pip install 'avatard[ray]'") from error
+
+    out = out.absolute()
+
+    @contextlib.asynccontextmanager
+    async def connect(settings: Settings) -> AsyncIterator[Workers]:
+        await asyncio.to_thread(_connect, address)
+        try:
+            places = _Cluster(settings, out, actors)
+            try:
+                await places.start()
+                yield places
+            finally:
+                await places.close()
+        finally:
+            await asyncio.to_thread(ray.shutdown)
+
+    return connect
+
+
+class Actor:
+    """One engine in a process of Ray's. What goes in and out is plain data."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from service.config import Settings
+
+        self._settings = Settings.model_validate(settings)
+        self._engine: Engine | None = None
+        self._stop = asyncio.Event()
+        self._progress: tuple[int, int | None] | None = None
+
+    async def sees(self, token: str) -> str:
+        """The name of this machine where it does not see that file; otherwise nothing."""
+        return "" if await asyncio.to_thread(os.path.exists, token) else os.uname().nodename
+
+    async def make(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What `attempt` gives, or why it gave nothing."""
+        from service.render import RenderRequest
+
+        paths = {name: Path(request[name]) for name in PATHS}
+        self._progress = None
+        try:
+            if self._engine is None or self._engine.state == "ended":
+                self._engine = await Engine.launch(engine_settings(self._settings))
+            return await attempt(
+                RenderRequest(**{**request, **paths}), self._engine, self._settings, self._advanced, self._stop
+            )
+        except Stopped:
+            return {"state": "stopped"}
+        except Halted as error:
+            return {"state": "halted", "error": str(error)}
+
+    async def progress(self) -> tuple[int, int | None] | None:
+        return self._progress
+
+    async def stop(self) -> None:
+        """End what is being made, so that it can be gone on with, and the engine."""
+        self._stop.set()
+        if self._engine is not None:
+            await self._engine.close()
+
+    def _advanced(self, frames: int, total: int | None) -> None:
+        self._progress = frames, total
+
+
+class _Cluster:
+    """The actors, each a place; one that is lost is replaced, and its item gone on with from the last checkpoint."""
+
+    def __init__(self, settings: Settings, out: Path, actors: int | None) -> None:
+        import ray
+
+        resources = ray.cluster_resources()
+        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        self.slots = actors or gpus or max(1, cores // 2)
+        # A share of what there is, so that as many as were asked for have a place.
+        each = {"num_gpus": min(1.0, gpus / self.slots)} if gpus else {"num_cpus": min(2.0, cores / self.slots)}
+        self._ray, self._settings, self._out = ray, settings, out
+        # Whatever waits beside a render has to be answered meanwhile.
+        self._kind = ray.remote(Actor).options(max_concurrency=8, **{"num_cpus": 0, **each})
+        self._actors: dict[int, Any] = {}
+
+    async def start(self) -> None:
+        """Make the actors, and make sure that they see our files. Raises: BatchError."""
+        token = self._out / OWN_FOLDER / f"seen-{secrets.token_hex(8)}"
+        token.touch()
+        try:
+            for slot in range(self.slots):
+                blind = await self._actor(slot).sees.remote(str(token))
+                if blind:
+                    raise BatchError(
+                        f"--ray: machine {blind} does not see {self._out}; sounds, pictures and results have to lie "
+                        "where every machine of the cluster finds them under the same path"
+                    )
+        finally:
+            token.unlink()
+
+    async def make(
+        self, slot: int, request: RenderRequest, on_progress: Callable[[int, int | None], None], stop: asyncio.Event
+    ) -> dict[str, Any]:
+        plain = asdict(request) | {name: str(getattr(request, name)) for name in PATHS}
+        for _ in range(DEATHS):
+            try:
+                made = await self._watched(self._actor(slot), plain, on_progress, stop)
+            except self._ray.exceptions.RayActorError as error:
+                self._actors.pop(slot)
+                reason = " ".join(str(error).split())
+                continue
+            if made["state"] == "stopped":
+                raise Stopped
+            if made["state"] == "halted":
+                raise Halted(made["error"])
+            return made
+        return {"state": "failed", "error": f"its actor was lost {DEATHS} times: {reason}"}
+
+    async def close(self) -> None:
+        """End the actors, and what they are at."""
+        ending = [actor.stop.remote() for actor in self._actors.values()]
+        await asyncio.gather(*ending, return_exceptions=True)
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+
+    def _actor(self, slot: int) -> Any:
+        if slot not in self._actors:
+            self._actors[slot] = self._kind.remote(self._settings.model_dump(mode="json"))
+        return self._actors[slot]
+
+    async def _watched(
+        self, actor: Any, plain: dict[str, Any], on_progress: Callable[[int, int | None], None], stop: asyncio.Event
+    ) -> dict[str, Any]:
+        """What the actor makes, looking after it meanwhile."""
+        making = asyncio.ensure_future(_awaited(actor.make.remote(plain)))
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            while not making.done():
+                await asyncio.wait([making, stopping], timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                if stop.is_set() and not making.done():
+                    await actor.stop.remote()
+                    await asyncio.wait([making])
+                elif not making.done() and (progress := await actor.progress.remote()) is not None:
+                    on_progress(*progress)
+            return making.result()
+        finally:
+            making.cancel()
+            stopping.cancel()
+            await asyncio.gather(making, stopping, return_exceptions=True)
+
+
+async def _awaited(reference: Any) -> dict[str, Any]:
+    made: dict[str, Any] = await reference
+    return made
+
+
+def _connect(address: str) -> None:
+    """Blocking. Raises: BatchError."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        if address == "local":
+            ray.init("local", include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **options)
+        else:
+            ray.init(address, **options)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BatchError(
+            f"--ray {address}: no cluster answers there ({reason}); start one with: ray start --head"
+        ) from error
