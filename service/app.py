@@ -35,3 +35,9 @@ class App:
     sessions: Sessions
     voice: Voice | None
     keys: Keys
+
+    def use(self, settings: Settings, keys: Keys) -> None:
+        """Go on with other values in the sections that are read again on SIGHUP, and with these tokens."""
+        self.settings, self.keys = settings, keys
+        for part in (self.inputs, self.jobs, self.sessions):
+            part.use(settings)

@@ -197,6 +197,35 @@ def _run_live(
         print(f"off air after {result.seconds:.1f} s, {result.held} frames held{kept}", file=sys.stderr)
 
 
+@app.command("serve")
+def serve_command(config: ConfigOption = None, assignments: SetOption = None) -> None:
+    """Run the daemon: jobs and live sessions over HTTP and MQTT, and a page to look at."""
+    from service.config import load_settings
+    from service.daemon import serve
+
+    raise typer.Exit(serve(lambda: load_settings(config, assignments or ())))
+
+
+@app.command()
+def doctor(
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether this machine can do what the settings ask, and what to do where it cannot."""
+    from service.config import load_settings
+    from service.doctor import examine, worst
+
+    findings = []
+    for finding in examine(lambda: load_settings(config, assignments or ())):
+        findings.append(finding)
+        if not as_json:
+            print(finding.line, flush=True)
+    if as_json:
+        print(json.dumps({"level": worst(findings), "findings": [vars(finding) for finding in findings]}))
+    raise typer.Exit(1 if worst(findings) == "problem" else 0)
+
+
 @app.command("batch")
 def batch_command(
     image: Annotated[

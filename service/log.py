@@ -27,10 +27,10 @@ TRAILING = ".,;:)]}"
 NAMED = re.compile(
     r"""(?ix) (?P<name>
       \b (?:[a-z0-9_]*_)? (?:token|password|passwd|secret|api[_-]?key|stream[_-]?key) ["']? \s* [=:] \s*
-    | \b authorization ["']? \s* [=:] \s* (?:bearer|basic)? \s* | \b bearer \s+ (?=\S{16}) )
+    | \b authorization ["']? \s* [=:] \s* (?:bearer|basic)? \s* | \b bearer [\s.]+ (?=\S{16}) )
     (?P<value> "[^"]*" | '[^']*' | [^\s,;&}\]]+ )"""
 )
-"""password=..., "token": "...", Authorization: Bearer ...; in query strings too."""
+"""password=..., "token": "...", Authorization: Bearer ..., in query strings too; bearer.... of a WebSocket."""
 
 SHORTEST_SECRET = 6
 """A shorter one is not looked for: it would blank half of every line."""
