@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from conftest import find_program
 from playwright.sync_api import Browser, Error, Page, Request, sync_playwright
 
@@ -70,14 +71,16 @@ class Visit:
 
 
 @contextlib.contextmanager
-def visit(browser: Browser, address: str, **options: Any) -> Iterator[Visit]:
-    """A person with a browser of their own at a page; options as for `Browser.new_context`.
+def visit(browser: Browser, address: str, *, listening: bool = False, **options: Any) -> Iterator[Visit]:
+    """A person with a browser of their own at a page; options as for `Browser.new_context`. listening: see `watched`.
 
     At the end: the page has asked nobody but its server, and neither its scripts nor its policy have complained.
     """
     options = {"permissions": ["microphone"], "locale": "en-GB", **options}
     context = browser.new_context(**options)
     context.set_default_timeout(8_000)
+    if listening:
+        context.add_init_script(HEAR)
     page = context.new_page()
     seen = Visit(page, address)
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
@@ -104,3 +107,67 @@ PIXELS = """(video) => {
     return sum / (data.length / 4) / 3;
 }"""
 """Mean brightness of a video element's picture, 0 to 255."""
+
+HEAR = """(() => {
+    const heard = (window.heard = []);
+    const send = WebSocket.prototype.send;
+    WebSocket.prototype.send = function (data) {
+        if (data instanceof ArrayBuffer) {
+            const peak = new Int16Array(data).reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+            heard.push([performance.now() / 1000, peak / 32768]);
+        }
+        return send.call(this, data);
+    };
+})()"""
+"""Before a page's own scripts: write down when it sends sound, and how loud."""
+
+SEE = """(video) => {
+    const seen = (window.seen = []);
+    const canvas = document.createElement("canvas");
+    canvas.width = canvas.height = %d;
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    const look = (now, { expectedDisplayTime, mediaTime }) => {
+        context.drawImage(video, 0, 0, canvas.width, canvas.height);
+        const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
+        const grey = [];
+        for (let at = 0; at < data.length; at += 4) grey.push(Math.round((data[at] + data[at + 1] + data[at + 2]) / 3));
+        seen.push([expectedDisplayTime / 1000, mediaTime, grey]);
+        video.requestVideoFrameCallback(look);
+    };
+    video.requestVideoFrameCallback(look);
+}"""
+
+GRID = 32
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a page did, on its own clock in seconds.
+
+    heard_at, loudness: pieces of sound that it sent, and their peaks. seen_at, media_s, pictures [n, GRID, GRID]:
+    frames that were shown, their place in the stream, and what was on them, in grey.
+    """
+
+    heard_at: np.ndarray
+    loudness: np.ndarray
+    seen_at: np.ndarray
+    media_s: np.ndarray
+    pictures: np.ndarray
+
+
+def watch(page: Page, selector: str) -> None:
+    """Begin to write down what a video element shows."""
+    page.locator(selector).evaluate(SEE % GRID)
+
+
+def watched(page: Page) -> Watched:
+    """What was written down. What was heard is there if the page was visited with `listening`."""
+    heard, seen = page.evaluate("[window.heard ?? [], window.seen ?? []]")
+    sounds = np.array(heard, float).reshape(-1, 2)
+    return Watched(
+        sounds[:, 0],
+        sounds[:, 1],
+        np.array([at for at, _, _ in seen]),
+        np.array([media for _, media, _ in seen]),
+        np.array([grey for _, _, grey in seen], float).reshape(-1, GRID, GRID),
+    )

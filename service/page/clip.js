@@ -8,6 +8,7 @@ const KEPT = "avatard.clips";
 const LAST = 12;
 const THUMBNAIL = 96;
 const RETRY_MS = 2000;
+const LOOK_MS = 4000;
 const ENDED = new Set(["completed", "failed", "cancelled"]);
 
 const $ = (id) => document.getElementById(id);
@@ -32,9 +33,8 @@ export class ClipView {
     $("clip-download").addEventListener("click", (event) => this.download(event));
     $("clip-video").addEventListener("error", () => $("clip-video").hasAttribute("src") && this.unplayable());
     onLanguage(() => this.draw());
-    for (const { id } of this.kept) this.follow(id);
-    const latest = this.kept[0];
-    if (latest) this.show(latest.id);
+    this.show(this.kept[0]?.id ?? null);
+    this.lookAround();
   }
 
   /** A file that was dropped anywhere on the page. */
@@ -119,7 +119,6 @@ export class ClipView {
       write(this.kept);
       this.jobs.set(job.id, job);
       this.show(job.id);
-      this.follow(job.id);
     } catch (error) {
       this.work = null;
       this.show(before);
@@ -137,7 +136,7 @@ export class ClipView {
     if (this.work) return this.work.abort();
     const id = this.shown;
     try {
-      const job = await json("DELETE", `v1/jobs/${encodeURIComponent(id)}`);
+      const job = await json("DELETE", pathOf(id));
       if (job) this.heard(id, job);
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
@@ -145,28 +144,44 @@ export class ClipView {
     }
   }
 
-  /** Keep up with one job until it has ended, through any loss of the connection. */
+  /** Keep up with the clip that is shown until it has ended, through any loss of the connection. */
   async follow(id) {
-    const path = `v1/jobs/${encodeURIComponent(id)}`;
-    while (this.kept.some((one) => one.id === id)) {
+    this.following?.abort();
+    const { signal } = (this.following = new AbortController());
+    while (id !== null && !this.ended(id) && !signal.aborted) {
       try {
-        const job = await json("GET", path);
-        this.heard(id, job);
-        if (ENDED.has(job.state)) return;
-        for await (const { kind, body } of events(`${path}/events`)) {
+        for await (const { kind, body } of events(`${pathOf(id)}/events`, signal)) {
           this.heard(id, { ...body, state: kind === "progress" ? "running" : kind });
-          if (ENDED.has(this.jobs.get(id)?.state)) break;
+          if (this.ended(id)) break;
         }
-        // What the last event leaves out, the job itself says.
-        if (ENDED.has(this.jobs.get(id)?.state)) return this.heard(id, await json("GET", path));
+        await this.ask(id);
       } catch (error) {
+        if (signal.aborted) return;
         if (!(error instanceof ServerError)) throw error;
         if (error.status === 404) return this.forget(id);
         if (error.status === 401) return;
-        if (this.shown === id) this.tell(told(error));
+        this.tell(told(error));
       }
-      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+      if (!this.ended(id)) await pause(RETRY_MS);
     }
+  }
+
+  /** The others are asked for now and then: a browser has six connections to a server, and each stream takes one. */
+  async lookAround() {
+    for (;;) {
+      for (const { id } of [...this.kept]) {
+        if (id !== this.shown && !this.ended(id)) await this.ask(id).catch((error) => error.status === 404 && this.forget(id));
+      }
+      await pause(LOOK_MS);
+    }
+  }
+
+  async ask(id) {
+    this.heard(id, await json("GET", pathOf(id)));
+  }
+
+  ended(id) {
+    return ENDED.has(this.jobs.get(id)?.state);
   }
 
   heard(id, news) {
@@ -188,6 +203,7 @@ export class ClipView {
     this.playingId = null;
     $("clip-video").pause();
     this.draw();
+    this.follow(id);
   }
 
   draw() {
@@ -207,7 +223,10 @@ export class ClipView {
   stage(state) {
     $("clip-stage").dataset.state = state;
     for (const one of ["empty", "working", "failed", "done"]) $(`clip-${one}`).hidden = one !== state;
-    if (state !== "done") $("clip-video").removeAttribute("src");
+    if (state !== "done" && $("clip-video").hasAttribute("src")) {
+      $("clip-video").removeAttribute("src");
+      $("clip-video").load();
+    }
     if (state === "failed") this.tell($("clip-error").textContent);
   }
 
@@ -244,24 +263,20 @@ export class ClipView {
     const { width, height, seconds } = job.result ?? {};
     $("clip-facts").textContent = width ? t("clip.facts", { time: duration(seconds), width, height }) : "";
     $("clip-download").setAttribute("download", `${job.id}.mp4`);
-    $("clip-download").href = address(this.resultOf(job.id));
+    $("clip-download").href = address(`${pathOf(job.id)}/result`);
     if (this.playingId === job.id) return;
     this.playingId = job.id;
-    const url = hasToken() ? await this.loaded(job.id) : address(this.resultOf(job.id));
+    const url = hasToken() ? await this.loaded(job.id) : address(`${pathOf(job.id)}/result`);
     if (!url || this.shown !== job.id) return;
     $("clip-video").src = url;
     this.tell(t("job.completed"));
-  }
-
-  resultOf(id) {
-    return `v1/jobs/${encodeURIComponent(id)}/result`;
   }
 
   /** A video element cannot send a token, so with one the file is loaded first. */
   async loaded(id) {
     if (this.result?.id === id) return this.result.url;
     try {
-      const blob = await (await call("GET", this.resultOf(id))).blob();
+      const blob = await (await call("GET", `${pathOf(id)}/result`)).blob();
       if (this.result) URL.revokeObjectURL(this.result.url);
       this.result = { id, url: URL.createObjectURL(blob) };
       return this.result.url;
@@ -341,6 +356,14 @@ export class ClipView {
     if (job?.state === "running" && job.total_frames) return `${Math.floor((100 * job.frames) / job.total_frames)} %`;
     return job?.state === "completed" && job.result ? duration(job.result.seconds) : "";
   }
+}
+
+function pathOf(id) {
+  return `v1/jobs/${encodeURIComponent(id)}`;
+}
+
+function pause(milliseconds) {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
 function button(act, label, does) {

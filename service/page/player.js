@@ -27,12 +27,14 @@ export class LivePlayer {
     this.edge = new LiveEdge();
     this.playing = () => this.shown();
     this.stalled = () => this.connection?.begun && !this.video.seeking && this.edge.stalled(performance.now() / 1000);
+    this.broken = () => this.video.hasAttribute("src") && this.lost("error");
     this.online = () => this.connection === null && this.connect();
   }
 
   start() {
     this.video.addEventListener("playing", this.playing);
     this.video.addEventListener("waiting", this.stalled);
+    this.video.addEventListener("error", this.broken);
     window.addEventListener("online", this.online);
     this.timer = setInterval(() => this.look(), LOOK_MS);
     this.connect();
@@ -43,6 +45,7 @@ export class LivePlayer {
     clearTimeout(this.retry);
     this.video.removeEventListener("playing", this.playing);
     this.video.removeEventListener("waiting", this.stalled);
+    this.video.removeEventListener("error", this.broken);
     window.removeEventListener("online", this.online);
     this.connection?.close();
     this.connection = null;
@@ -88,7 +91,6 @@ export class LivePlayer {
     const { video } = this;
     if (hasToken()) return this.say("cannot");
     this.say("connecting");
-    video.onerror = () => this.lost("error");
     if (video.canPlayType("application/vnd.apple.mpegurl") === "") video.src = address(`${this.path}/view.mp4`);
     else if (await this.hasList()) video.src = address(`${this.path}/hls/index.m3u8`);
     else return this.lost("list");
@@ -195,6 +197,7 @@ class Connection {
     if (!Source.isTypeSupported(type)) return this.end("type");
     await this.open;
     if (this.closed) return;
+    if (this.source.readyState !== "open") return this.end("source");
     this.buffer = this.source.addSourceBuffer(type);
     this.buffer.addEventListener("updateend", () => this.next());
     this.buffer.addEventListener("error", () => this.end("decode"));

@@ -609,7 +609,7 @@ def test_the_microphone_is_heard_at_16_khz(seen: Visit, daemon: StandIn) -> None
     assert np.argmax(np.abs(np.fft.rfft(heard))) / (len(heard) / 16_000) == pytest.approx(1000, abs=5)
 
 
-@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000, 96_000])
+@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
 def test_resampling_keeps_what_is_below_7_khz_and_nothing_above_9(seen: Visit, rate: int) -> None:
     gains = seen.page.evaluate(
         """async (rate) => {
@@ -734,8 +734,7 @@ def test_pieces_at_uneven_times_are_waited_for_longer_but_not_for_ever(seen: Vis
 # For everybody
 
 
-@pytest.mark.parametrize("view", ["clip", "live"])
-@pytest.mark.parametrize("locale", ["en-GB", "zh-CN"])
+@pytest.mark.parametrize(("view", "locale"), [("clip", "zh-CN"), ("live", "en-GB")])
 def test_it_fits_a_phone_of_320_pixels(browser: Browser, daemon: StandIn, view: str, locale: str) -> None:
     with visit(browser, f"{daemon.url}#{view}", viewport={"width": 320, "height": 568}, locale=locale) as seen:
         page = seen.page
