@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.resources
-from importlib.metadata import version
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -16,9 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from audio.errors import AvatardError
+from service import VERSION
 from service.app import App
-from service.http_answers import Problem, needs, problems, refused, unacceptable
-from service.http_door import Door
+from service.http_answers import Problem, Responses, needs, problems, refused, unacceptable
+from service.http_door import OPEN, Door
 from service.http_jobs import add_job_routes
 from service.http_server import serve
 from service.http_sessions import add_session_routes
@@ -75,7 +75,7 @@ def make_http(app: App) -> FastAPI:
     """
     http = FastAPI(
         title="avatard",
-        version=version("avatard"),
+        version=VERSION,
         summary="A picture and a voice in, a person who speaks out.",
         # Both load their scripts from elsewhere.
         docs_url=None,
@@ -93,7 +93,7 @@ def make_http(app: App) -> FastAPI:
     add_lightx2v_routes(http, app)
     add_job_routes(http, app)
     add_session_routes(http, app)
-    _add_security_scheme(http)
+    _describe_tokens(http, app)
     return http
 
 
@@ -158,13 +158,20 @@ def _intake(app: App) -> str:
 
 
 def _add_probes(http: FastAPI, app: App) -> None:
-    @http.get("/livez", tags=["probes"])
+    # Asked by a name that is not this machine's, see the door.
+    elsewhere: Responses = {403: {"model": Problem, "description": "Not at this name"}}
+
+    @http.get("/livez", tags=["probes"], responses=elsewhere)
     @http.get("/health", tags=["probes"], include_in_schema=False)
     async def livez() -> Alive:
         """The process lives and its loop turns."""
         return Alive()
 
-    @http.get("/readyz", tags=["probes"], responses={503: {"model": Ready, "description": "Not yet, or not now"}})
+    @http.get(
+        "/readyz",
+        tags=["probes"],
+        responses={**elsewhere, 503: {"model": Ready, "description": "Not yet, or not now"}},
+    )
     async def readyz(response: Response) -> Ready:
         """The model is warm. With intake paused it still is: what was taken is worked on, and live sessions are."""
         ready = app.engine.state == "ready"
@@ -239,21 +246,20 @@ def _add_page(http: FastAPI) -> None:
 # What is told about it
 
 
-def _add_security_scheme(http: FastAPI) -> None:
-    """Every route but the probes says in /openapi.json that it takes a token."""
+def _describe_tokens(http: FastAPI, app: App) -> None:
+    """Have /openapi.json say what takes a token, where there are tokens."""
     described = http.openapi
 
     def openapi() -> dict[str, Any]:
         if http.openapi_schema is None:
             schema = described()
-            components = schema.setdefault("components", {})
-            token = {"type": "http", "scheme": "bearer", "description": "Where the daemon has tokens (auth.tokens)"}
-            components["securitySchemes"] = {"token": token}
-            components.setdefault("schemas", {})["Problem"] = Problem.model_json_schema()
-            for path, item in schema["paths"].items():
-                for operation in item.values():
-                    operation["security"] = [] if path in ("/livez", "/readyz") else [{"token": []}]
+            token = {"type": "http", "scheme": "bearer", "description": "one of auth.tokens"}
+            schema["components"]["securitySchemes"] = {"token": token}
+            for path, operations in schema["paths"].items():
+                for operation in operations.values():
+                    operation["security"] = [] if path in OPEN else [{"token": []}]
         assert http.openapi_schema is not None
         return http.openapi_schema
 
-    http.openapi = openapi  # type: ignore[method-assign]
+    if app.keys.required:
+        http.openapi = openapi  # type: ignore[method-assign]
