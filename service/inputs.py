@@ -32,6 +32,7 @@ from service.addresses import CheckedTransport, Resolve, allowed_addresses, look
 from service.commands import Refusal, Source
 from service.config import Settings
 from service.spool import Spool, SpoolFull
+from streaming.sink import TargetAbsent, TargetRefused
 
 R = TypeVar("R")
 Kind = Literal["image", "audio"]
@@ -163,6 +164,8 @@ class Inputs:
     async def check_target(self, target: str) -> str:
         """Whether a live output may go there; returns the target as it is to be opened: a file below daemon.outputs.
 
+        A name may stand for another address by the time it is called: open it with `look_up=inputs.target_addresses`.
+
         Raises: Refusal: forbidden (a kind or an address that sessions.targets and sessions.private_targets do not
         allow, or a path outside), or invalid.
         """
@@ -194,6 +197,17 @@ class Inputs:
         except TimeoutError:
             raise Refusal("invalid", f"{shown}: its name could not be looked up in {READ_S:g} s") from None
         return target
+
+    async def target_addresses(self, host: str, port: int) -> Sequence[str]:
+        """The addresses at which a live output may call that host: for `open_sink(look_up=...)`, at each connection.
+
+        Raises: TargetRefused: it may not be called, as in `check_target`; TargetAbsent: there is no such host.
+        """
+        private = self._settings.sessions.private_targets
+        try:
+            return await allowed_addresses(host, port, host, private=private, resolve=self._resolve)
+        except Refusal as error:
+            raise (TargetRefused if error.reason == "forbidden" else TargetAbsent)(str(error)) from error
 
     async def prune(self, needed: Callable[[], Awaitable[Collection[Path]]]) -> int:
         """Delete from the spool what is old, or too much, and not among what `needed` tells. Returns: files deleted."""

@@ -18,12 +18,12 @@ import ssl
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import av
 from av.packet import Packet
@@ -34,6 +34,9 @@ from streaming.muxer import FLV, MPEGTS, ByteBuffer, Muxer, length_s
 from streaming.sink import SinkError, TargetAbsent, TargetRefused, reason
 
 logger = logging.getLogger(__name__)
+
+LookUp = Callable[[str, int], Awaitable[Sequence[str]]]
+"""A host and a port to the addresses that may be called, the best first. Raises: OSError: no such host; SinkError."""
 
 CONTAINERS = {"rtmp": ("flv", FLV), "rtmps": ("flv", FLV), "srt": ("mpegts", MPEGTS)}
 
@@ -80,15 +83,19 @@ class Limits:
 class NetworkSink:
     """One connection to a server: rtmp://, rtmps:// (certificates are verified) or srt://.
 
+    look_up: who decides which address a name stands for; the connection is then made to that very address, whatever
+    the name means a moment later. rtmps:// is called by its name all the same: whoever cannot show its certificate gets
+    nothing. None: any address that the system knows.
     Raises: SinkError: a URL that names no server.
     """
 
     live: ClassVar[bool] = True
     output: Path | None = None
 
-    def __init__(self, url: str, limits: Limits | None = None) -> None:
+    def __init__(self, url: str, limits: Limits | None = None, look_up: LookUp | None = None) -> None:
         self.name = redacted(url)
-        self._url, self._limits = url, limits or Limits()
+        self._url, self._limits, self._look_up = url, limits or Limits(), look_up
+        self._judged: str | None = None
         self._scheme, self._host, self._port = _address(url)
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -107,8 +114,12 @@ class NetworkSink:
     async def open(self) -> None:
         if self._scheme == "srt":
             _check_protocol(self._scheme)
+            if self._look_up is not None:
+                self._judged = await self._first_address(self._look_up)
             return
-        await probe(self.name, self._host, self._port, self._limits.open_s, tls=self._scheme == "rtmps")
+        self._judged = await probe(
+            self.name, self._host, self._port, self._limits.open_s, self._scheme == "rtmps", self._look_up
+        )
 
     async def start(self, streams: Sequence[Stream], metadata: Mapping[str, str]) -> None:
         container, options = CONTAINERS[self._scheme]
@@ -121,9 +132,14 @@ class NetworkSink:
             raise SinkError(
                 f"{self.name}: the publishing process did not begin in {self._limits.spawn_s:g} s"
             ) from None
+        url, options = self._url, self._options()
+        if self._look_up is not None and self._scheme != "rtmps":
+            assert self._judged is not None, "start() before open()"
+            url, named = _pinned(self._url, self._judged, self._port)
+            options |= named
         request = {
-            "url": self._url,
-            "options": self._options(),
+            "url": url,
+            "options": options,
             "open_s": 2 * self._limits.open_s,
             "close_s": 2 * self._limits.close_s,
         }
@@ -166,6 +182,15 @@ class NetworkSink:
             logger.debug("%s: no goodbye in %g s", self.name, self._limits.close_s)
         finally:
             await self._end()
+
+    async def _first_address(self, look_up: LookUp) -> str:
+        try:
+            async with asyncio.timeout(self._limits.open_s):
+                return (await look_up(self._host, self._port))[0]
+        except TimeoutError:
+            raise TargetAbsent(f"{self.name}: the server was not found ({self._limits.open_s:g} s)") from None
+        except OSError as error:
+            raise TargetAbsent(f"{self.name}: no such host ({error.strerror})") from error
 
     def _options(self) -> dict[str, str]:
         options = {"flush_packets": "1"}
@@ -354,18 +379,22 @@ def _unread(before: _Mark, after: _Mark) -> bool:
     return before.window - after.window >= max(WINDOW_NOISE, WINDOW_SHARE * acked)
 
 
-async def probe(name: str, host: str, port: int, limit_s: float, tls: bool = False) -> None:
+async def probe(
+    name: str, host: str, port: int, limit_s: float, tls: bool = False, look_up: LookUp | None = None
+) -> str:
     """See whether an RTMP server answers: connect, and exchange the first half of the handshake.
 
-    It costs nothing and tells more than FFmpeg does. Raises: TargetAbsent, TargetRefused: with `name` and the cause.
+    It costs nothing and tells more than FFmpeg does. Returns: the address that answered.
+    Raises: TargetAbsent, TargetRefused: with `name` and the cause; what `look_up` raises.
     """
     writer = None
     stage = "was not found"
     try:
         async with asyncio.timeout(limit_s):
-            addresses = await _resolve(host, port)
+            addresses = await (look_up or _resolve)(host, port)
             stage = "does not answer"
             reader, writer = await _connect(addresses, port, limit_s)
+            address = str(writer.get_extra_info("peername")[0])
             if tls:
                 stage = "takes the connection and does not speak TLS; is it rtmp:// ?"
                 context = await asyncio.to_thread(ssl.create_default_context)
@@ -393,6 +422,7 @@ async def probe(name: str, host: str, port: int, limit_s: float, tls: bool = Fal
             writer.transport.abort()
     if version != 3:
         raise TargetRefused(f"{name}: what answers there is not an RTMP server")
+    return address
 
 
 async def _connect(
@@ -447,6 +477,25 @@ def _address(url: str) -> tuple[str, str, int]:
     if parts.scheme in PORTS and not parts.path.strip("/"):
         raise SinkError(f"{redacted(url)}: names no stream; write {parts.scheme}://HOST/APPLICATION/KEY")
     return parts.scheme, parts.hostname, port
+
+
+def _pinned(url: str, address: str, port: int) -> tuple[str, dict[str, str]]:
+    """The same stream at an address instead of a name, and the option that tells an RTMP server its name as before."""
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    host = f"[{address}]" if ":" in address else address
+    pinned = parts._replace(netloc=f"{user}{at}{host}:{port}").geturl()
+    if parts.scheme != "rtmp":
+        return pinned, {}
+    name = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return pinned, {"rtmp_tcurl": f"rtmp://{name}:{port}/{_application(parts)}"}
+
+
+def _application(parts: SplitResult) -> str:
+    """The part of an RTMP URL that names the application, as FFmpeg cuts it: its first folder, or its first two."""
+    first, _, rest = parts.path.removeprefix("/").partition("/")
+    instance, slash, _ = rest.partition("/")
+    return f"{first}/{instance}" if slash and ":" not in instance and first != "ondemand" else first
 
 
 def _check_protocol(scheme: str) -> None:

@@ -11,7 +11,7 @@ from av.packet import Packet
 from av.stream import Stream
 
 from streaming.files import FILE_TYPES, FileSink, HlsSink, SegmentSink
-from streaming.network import CONTAINERS, NetworkSink
+from streaming.network import CONTAINERS, LookUp, NetworkSink
 from streaming.sink import Sink, SinkError, TargetAbsent, TargetRefused
 
 __all__ = [
@@ -33,8 +33,8 @@ KINDS = (
 )
 
 
-def open_sink(target: str, overwrite: bool = False) -> Sink:
-    """The sink for a path or URL, not opened yet.
+def open_sink(target: str, overwrite: bool = False, look_up: LookUp | None = None) -> Sink:
+    """The sink for a path or URL, not opened yet. look_up: see `NetworkSink`.
 
         FILE.mp4                  one file
         segment:SECONDS:FILE.mp4  files of that length, FILE-0001.mp4 and so on, or a name with % fields for strftime
@@ -52,7 +52,7 @@ def open_sink(target: str, overwrite: bool = False) -> Sink:
         if scheme == "null":
             return NullSink()
         if scheme in CONTAINERS:
-            return NetworkSink(target)
+            return NetworkSink(target, look_up=look_up)
         # Only the scheme: what follows may hold a stream key.
         raise SinkError(f"{scheme}://: no such output; there is {KINDS}")
     return _on_disk(target, overwrite)

@@ -34,6 +34,8 @@ from service.commands import Refusal, Source
 from service.config import Settings
 from service.inputs import Inputs
 from service.spool import GRACE_S, Spool, SpoolFull, suffix
+from streaming.sink import TargetAbsent, TargetRefused
+from streaming.sinks import open_sink
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], Awaitable[None]]
 SECRET = "s3cr3tt0ken"
@@ -1240,6 +1242,26 @@ async def test_a_stream_goes_into_a_private_network_where_that_is_allowed(make):
     inputs = make(sessions={"private_targets": True})
     assert await inputs.check_target("rtmp://127.0.0.1:1935/live/key") == "rtmp://127.0.0.1:1935/live/key"
     await refused(inputs.check_target("rtmp://169.254.169.254/live/key"), "forbidden")
+
+
+async def test_a_stream_whose_server_moves_into_a_private_network_does_not_follow_it(make):
+    """DNS rebinding: it is judged at each connection, and called at the address that was judged."""
+    answers = iter(["8.8.8.8", "8.8.4.4", "10.0.0.9"])
+
+    async def resolve(host: str, port: int) -> list[str]:
+        try:
+            return [next(answers)]
+        except StopIteration:
+            raise socket.gaierror(socket.EAI_NONAME, "no such host") from None
+
+    inputs = make(resolve)
+    await inputs.check_target(f"rtmp://live.example/app/{SECRET}")
+    assert await inputs.target_addresses("live.example", 1935) == ["8.8.4.4"]
+    sink = open_sink(f"rtmp://live.example/app/{SECRET}", look_up=inputs.target_addresses)
+    with pytest.raises(TargetRefused, match="private network"):
+        await sink.open()
+    with pytest.raises(TargetAbsent, match="no host"):
+        await sink.open()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from waiting import until_async
 from avatar.model import FrameBlock
 from streaming.encoder import Encoder, EncoderSettings
 from streaming.lane import Lane, LanePolicy, LaneStatus
-from streaming.network import Flow, Limits, NetworkSink, probe
+from streaming.network import Flow, Limits, NetworkSink, _pinned, probe
 from streaming.sink import TargetAbsent, TargetRefused
 
 LOOP_STALL_S = 0.25
@@ -366,6 +366,52 @@ async def test_the_stream_key_is_in_no_command_line_environment_or_log(nginx, ca
         await asyncio.sleep(0.3)
         shown += f"{air.lane.status} {caplog.text} {[repr(task) for task in asyncio.all_tasks()]}".encode()
     assert b"SECRET" not in shown
+
+
+@pytest.mark.needs("nginx")
+async def test_a_name_is_called_at_the_address_that_was_judged_and_told_to_the_server_as_it_is(nginx):
+    """The system knows no such name: nobody but the one who judges can have been asked."""
+    asked = []
+
+    async def look_up(host: str, port: int) -> list[str]:
+        asked.append(host)
+        return ["127.0.0.1"]
+
+    named = nginx.url("by-name").replace("127.0.0.1", "live.example")
+    plain, judged = NetworkSink(nginx.url("by-address"), FAST), NetworkSink(named, FAST, look_up)
+    encoder = Encoder(128, 128, 25, 1, EncoderSettings(live=True, preset="ultrafast", bitrate_kbps=500))
+    for sink in (plain, judged):
+        await sink.open()
+        await sink.start(encoder.streams, {})
+        await sink.close(complete=False)
+    encoder.close()
+    assert asked == ["live.example"], "once for each connection"
+    told = [event.fields["tcurl"] for event in nginx.events if event.event == "publish"]
+    assert told == [nginx.url("x").removesuffix("/x"), named.removesuffix("/by-name")]
+
+
+@pytest.mark.needs("nginx")
+async def test_an_address_that_may_not_be_called_is_not_called(nginx):
+    async def look_up(host: str, port: int) -> list[str]:
+        raise TargetRefused(f"{host}: leads into a private network")
+
+    with pytest.raises(TargetRefused, match="private network"):
+        await NetworkSink(nginx.url("key"), FAST, look_up).open()
+    assert not nginx.events
+
+
+@pytest.mark.parametrize(
+    ("url", "address", "pinned", "named"),
+    [
+        ("rtmp://a.example/live/key", "192.0.2.1", "rtmp://192.0.2.1:1935/live/key", "rtmp://a.example:1935/live"),
+        ("rtmp://u:p@a.example/x/y/key?t=1", "2001:db8::1", "rtmp://u:p@[2001:db8::1]:1935/x/y/key?t=1",
+         "rtmp://a.example:1935/x/y"),
+        ("rtmp://[::1]/live/mp4:a/b", "::1", "rtmp://[::1]:1935/live/mp4:a/b", "rtmp://[::1]:1935/live"),
+        ("srt://a.example:9000?mode=caller", "192.0.2.1", "srt://192.0.2.1:1935?mode=caller", None),
+    ],
+)  # fmt: skip
+def test_a_pinned_address_keeps_everything_but_the_name(url, address, pinned, named):
+    assert _pinned(url, address, 1935) == (pinned, {"rtmp_tcurl": named} if named else {})
 
 
 # Faults
