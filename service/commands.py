@@ -57,12 +57,14 @@ def _source_schema(schema: dict[str, Any]) -> None:
 
 
 def _job_schema(schema: dict[str, Any]) -> None:
-    """Audio or text, one of them."""
+    """Audio or text, one of them; and what such a command looks like."""
     none, text = {"type": "null"}, {"type": "string", "pattern": r"\S"}
     schema["oneOf"] = [
         {"required": ["audio"], "properties": {"audio": {"not": none}, "text": none}},
         {"required": ["text"], "properties": {"text": text, "audio": none}},
     ]
+    spoken = {"audio": "https://example.org/greeting.wav", "image": {"path": "presenters/anna.jpg"}}
+    schema["examples"] = [{"id": "greeting-1", "text": "Good morning."}, spoken]
 
 
 def _change_schema(schema: dict[str, Any]) -> None:

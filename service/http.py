@@ -62,9 +62,6 @@ class About(BaseModel):
     engine: str
     voice: bool = Field(description="whether text can be spoken")
     intake: str
-    width: int | None = Field(description="pixels; null until the model is warm")
-    height: int | None
-    fps: int | None
     scopes: list[str] = Field(description="what whoever asks may do")
 
 
@@ -197,7 +194,6 @@ def _add_probes(http: FastAPI, app: App) -> None:
     @http.get("/v1/status", tags=["probes"], dependencies=[needs("read")], responses=problems())
     async def status(request: Request) -> About:
         """What there is at this address, and what whoever asks may do with it."""
-        spec = getattr(app.engine, "spec", None)
         return About(
             name=app.settings.daemon.metadata_name,
             version=http.version,
@@ -205,9 +201,6 @@ def _add_probes(http: FastAPI, app: App) -> None:
             engine=app.engine.state,
             voice=app.voice is not None,
             intake=_intake(app),
-            width=getattr(spec, "width", None),
-            height=getattr(spec, "height", None),
-            fps=getattr(spec, "fps", None),
             scopes=sorted(request.state.principal.scopes),
         )
 

@@ -158,7 +158,15 @@ class VideoTask(BaseModel):
     target_fps; one with sound lasts as long as the sound, and no longer than a video_duration that is sent.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(
+        extra="ignore",
+        json_schema_extra={
+            "examples": [
+                {"prompt": "A woman speaks", "image_path": "https://example.org/anna.jpg", "seed": 42},
+                {"audio_path": "https://example.org/greeting.wav", "save_result_path": "./greeting.mp4"},
+            ]
+        },
+    )
 
     task_id: str | None = Field(None, pattern=ID, description="names the task; one is made up where there is none")
     prompt: str = Field("", max_length=20_000)

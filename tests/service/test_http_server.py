@@ -19,6 +19,8 @@ from audio.errors import AvatardError
 from service import http_door, http_server
 from service.commands import OpenSession, SubmitJob
 
+JSON_HEAD = b"POST /v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
 
 @contextlib.asynccontextmanager
 async def raw(place, data=b"", **options):
@@ -66,13 +68,17 @@ async def test_a_host_that_is_not_ours_is_told_in_one_line(tmp_path):
             pass
 
 
+def self_signed(certificate, key):
+    curve = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    whose = "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    command = ["openssl", "req", "-x509", *curve.split(), *whose.split(), "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.needs("openssl")
 async def test_tls_from_the_settings(tmp_path):
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    self_signed(certificate, key)
     app = make_app(tmp_path, f"http.tls_cert={certificate}", f"http.tls_key={key}")
     context = ssl.create_default_context(cafile=str(certificate))
     async with served(app) as place, httpx.AsyncClient(verify=context) as client:

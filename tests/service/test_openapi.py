@@ -86,7 +86,7 @@ def look_at(operation, mode, examples, wrong):
         if known and mode is GenerationMode.POSITIVE and data.draw(st.booleans()):
             case.path_parameters["id"] = data.draw(st.sampled_from(known))
         answer = case.call(headers={"Host": "localhost"})
-        assert answer.status_code < 500 or "retry-after" in answer.headers, answer.text
+        assert answer.status_code < 500 or answer.status_code == 503, answer.text
         try:
             case.validate_response(answer, excluded_checks=without)
         except FailureGroup as failures:
