@@ -231,7 +231,8 @@ export class LiveView {
       }
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
-      if (id && this.id === id && error.status === 404) this.leave(t("live.ended"));
+      // Of one that was on air while we looked, the server says why it is over.
+      if (id && this.id === id && error.status === 404) this.leave(this.status ? told(error) : t("live.ended"));
     } finally {
       this.looking = false;
     }
@@ -351,12 +352,12 @@ export class LiveView {
     if (fps !== null) add("health.fps", number(fps, 1));
     const behind = this.player?.behind_s ?? null;
     if (behind !== null) add("health.behind", `${number(behind, 2)} s`, behind > 2 ? "bad" : "");
-    if (status?.on_air !== undefined) {
+    if (status?.on_air) {
       const dropped = status.held + (status.outputs ?? []).reduce((sum, lane) => sum + (lane.dropped_frames ?? 0), 0);
       add("health.ahead", `${number(status.ahead_s, 2)} s`);
       add("health.skew", `${number(status.skew_s * 1000, 1)} ms`, Math.abs(status.skew_s) > 0.04 ? "bad" : "");
       add("health.drops", number(dropped), dropped ? "poor" : "");
-      add("health.load", `${number(status.load * 100)} %`, status.load > 1 ? "bad" : "");
+      if (status.load !== null) add("health.load", `${number(status.load * 100)} %`, status.load > 1 ? "bad" : "");
     }
     if (status?.engine) add("health.engine", known(`engine.${status.engine}`, status.engine), status.engine === "ready" ? "" : "bad");
     if (status?.gpu) add("health.gpu", String(status.gpu));

@@ -27,6 +27,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from waiting import until, until_async
 
+from service.http import PAGE_HEADERS
+
 pytestmark = pytest.mark.needs("chromium")
 
 PAGE = Path(__file__).parent.parent.parent / "service" / "page"
@@ -34,10 +36,6 @@ SCRIPTS = sorted(PAGE.glob("*.js"))
 FPS = 25
 FRAGMENT_S = 0.08
 FILM_S = 60
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 @dataclass
@@ -146,11 +144,11 @@ class StandIn:
 
         @app.get("/")
         def index() -> Response:
-            return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY})
+            return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
         @app.get("/page/{name}")
         def part(name: str) -> Response:
-            return FileResponse(PAGE / name, headers={"Content-Security-Policy": POLICY})
+            return FileResponse(PAGE / name, headers=PAGE_HEADERS)
 
         @app.get("/readyz")
         def ready() -> Any:
