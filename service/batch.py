@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from audio.errors import AvatardError
 from service.batch_plan import OWN_FOLDER, BatchError, BatchRequest, Item, Step, find_items, plan, shown
 from service.manifest import Manifest, Record
-from service.run import Stopped, engine_settings, stopping_signals
+from service.run import Stopped, engine_settings, or_stop, stopping_signals
 from streaming.engine import Engine
 
 if TYPE_CHECKING:
@@ -104,6 +104,10 @@ class Workers(Protocol):
 
     slots: int
 
+    async def ready(self) -> None:
+        """Wait until the model is loaded. Raises: AvatardError: it cannot be."""
+        ...
+
     async def make(
         self, slot: int, request: RenderRequest, on_progress: Callable[[int, int | None], None], stop: asyncio.Event
     ) -> dict[str, Any]:
@@ -173,6 +177,9 @@ class _OneEngine:
     settings: Settings
     slots: int = 1
 
+    async def ready(self) -> None:
+        await self.engine.ready()
+
     async def make(
         self, slot: int, request: RenderRequest, on_progress: Callable[[int, int | None], None], stop: asyncio.Event
     ) -> dict[str, Any]:
@@ -223,7 +230,7 @@ class _Batch:
         self._watcher.looked(number, len(self._items))
 
     async def _make_all(self, places: Workers) -> None:
-        """Raises: Stopped: before it was known what is to be done."""
+        """Raises: Stopped: before anything could be made; AvatardError: the model cannot be loaded."""
         steps = await asyncio.to_thread(plan, self._items, self._request, self._settings, self._manifest, self._look)
         self._items = [step.item for step in steps]
         self._watcher.planned(steps)
@@ -239,6 +246,8 @@ class _Batch:
                     self._end(None, number, Outcome(step.item, "done", "kept", record=_of_the_video(record)))
                 case "failed":
                     self._end(None, number, Outcome(step.item, "failed", error=step.why))
+        if waiting:
+            await or_stop(self._stop, places.ready())
         being_made = {self._items[number].name for number in waiting}
         for name in [name for name in self._copies if name not in being_made]:
             await self._copy(name)

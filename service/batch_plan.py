@@ -123,8 +123,8 @@ def find_items(request: BatchRequest, settings: Settings) -> list[Item]:
     sounds = list(_found(request)) if request.sources else list(_in_table(rows))
     if not sounds:
         where = ", ".join(map(shown, request.sources or request.images))
-        patterns = f"that matches {' '.join(request.patterns)}" if request.patterns else "or video file"
-        raise BatchError(f"{where}: there is no sound file {patterns} in it")
+        what = f"sound file that matches {' '.join(request.patterns)}" if request.patterns else "sound or video file"
+        raise BatchError(f"{where}: there is no {what} in it")
     return [_item(sound, row, picture, settings) for sound, row in _with_rows(sounds, rows)]
 
 
@@ -216,12 +216,12 @@ def _read_images(images: Sequence[Path]) -> tuple[Path | None, list[_Row]]:
     """The picture for all, and the lines of the table."""
     tables = [path for path in images if path.suffix.lower() in TABLES]
     pictures = [path for path in images if path not in tables]
-    for several, what in ((tables, "tables"), (pictures, "pictures for all")):
-        if len(several) > 1:
-            raise BatchError(f"--image {shown(several[1])}: there are two {what}; name them in one table")
     for path in images:
         if not path.is_file():
             raise BatchError(f"--image {shown(path)}: no such file; give a picture, or a table ({', '.join(TABLES)})")
+    for several, what in ((tables, "tables"), (pictures, "pictures for all")):
+        if len(several) > 1:
+            raise BatchError(f"--image {shown(several[1])}: there are two {what}; name them in one table")
     rows = list(_rows(tables[0])) if tables else []
     if tables and not rows:
         raise BatchError(f"{shown(tables[0])}: is empty; its columns are {', '.join(COLUMNS)}")

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from audio.errors import AvatardError
 from service.batch import Halted, Workers, attempt
 from service.batch_plan import OWN_FOLDER, BatchError
 from service.run import Stopped, engine_settings
@@ -73,6 +74,7 @@ class Actor:
 
         self._settings = Settings.model_validate(settings)
         self._engine: Engine | None = None
+        self._loading = asyncio.Lock()
         self._stop = asyncio.Event()
         self._progress: tuple[int, int | None] | None = None
 
@@ -80,18 +82,22 @@ class Actor:
         """The name of this machine where it does not see that file; otherwise nothing."""
         return "" if await asyncio.to_thread(os.path.exists, token) else os.uname().nodename
 
+    async def ready(self) -> str:
+        """Load the model; why that cannot be, where it cannot."""
+        try:
+            await (await self._loaded()).ready()
+        except AvatardError as error:
+            return str(error)
+        return ""
+
     async def make(self, request: dict[str, Any]) -> dict[str, Any]:
         """What `attempt` gives, or why it gave nothing."""
         from service.render import RenderRequest
 
-        paths = {name: Path(request[name]) for name in PATHS}
+        whole = RenderRequest(**{**request, **{name: Path(request[name]) for name in PATHS}})
         self._progress = None
         try:
-            if self._engine is None or self._engine.state == "ended":
-                self._engine = await Engine.launch(engine_settings(self._settings))
-            return await attempt(
-                RenderRequest(**{**request, **paths}), self._engine, self._settings, self._advanced, self._stop
-            )
+            return await attempt(whole, await self._loaded(), self._settings, self._advanced, self._stop)
         except Stopped:
             return {"state": "stopped"}
         except Halted as error:
@@ -105,6 +111,12 @@ class Actor:
         self._stop.set()
         if self._engine is not None:
             await self._engine.close()
+
+    async def _loaded(self) -> Engine:
+        async with self._loading:
+            if self._engine is None:
+                self._engine = await Engine.launch(engine_settings(self._settings))
+            return self._engine
 
     def _advanced(self, frames: int, total: int | None) -> None:
         self._progress = frames, total
@@ -140,6 +152,11 @@ class _Cluster:
                     )
         finally:
             token.unlink()
+
+    async def ready(self) -> None:
+        for reason in await asyncio.gather(*(_awaited(self._actor(slot).ready.remote()) for slot in range(self.slots))):
+            if reason:
+                raise AvatardError(reason)
 
     async def make(
         self, slot: int, request: RenderRequest, on_progress: Callable[[int, int | None], None], stop: asyncio.Event
@@ -185,16 +202,16 @@ class _Cluster:
                     await asyncio.wait([making])
                 elif not making.done() and (progress := await actor.progress.remote()) is not None:
                     on_progress(*progress)
-            return making.result()
+            return dict(making.result())
         finally:
             making.cancel()
             stopping.cancel()
             await asyncio.gather(making, stopping, return_exceptions=True)
 
 
-async def _awaited(reference: Any) -> dict[str, Any]:
-    made: dict[str, Any] = await reference
-    return made
+async def _awaited(reference: Any) -> Any:
+    """What a reference stands for, as a coroutine."""
+    return await reference
 
 
 def _connect(address: str) -> None:
