@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -44,57 +45,55 @@ class KVCache:
 
     keys, values: [B, C + ring, heads, dim] each, one pair per layer, keys rotated; conditioning_tokens: C;
     reference_position: the frame position the reference's keys are rotated for at present; version: that of the
-    conditioning it holds.
+    conditioning it holds. away: of layers whose rings live on the host, keys and values there (`avatar.offload`); in
+    `keys` and `values` those layers are empty but for their turn.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     conditioning_tokens: int
+    ring_tokens: int = 0
     reference_position: int | None = None
     version: int = 0
+    away: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, conditioning: Conditioning, ring_frames: int, float8: bool = False) -> KVCache:
+    def empty(
+        cls, conditioning: Conditioning, ring_frames: int, float8: bool = False, away: Collection[int] = ()
+    ) -> KVCache:
         """A cache of zeros for that conditioning and a ring of `ring_frames` latent frames; then `condition()` it.
 
         float8: e4m3, half the bytes. Values then have their tokens side by side, which products of 8-bit matrices ask
         for, and there is room up to a multiple of 128 tokens.
         """
-        batch, tokens, heads, dim = conditioning.keys[0].shape
-        tokens += ring_frames * conditioning.tokens_per_frame
-
-        def keys(like: Tensor) -> Tensor:
-            # A head's tokens lie together in memory: matrix products then read it without a copy, whatever the batch.
-            if not float8:
-                return like.new_zeros(batch, heads, tokens, dim).transpose(1, 2)
-            return like.new_zeros(batch, heads, room(tokens), dim, dtype=FLOAT8)[:, :, :tokens].transpose(1, 2)
-
-        def values(like: Tensor) -> Tensor:
-            if not float8:
-                return keys(like)
-            return like.new_zeros(batch, heads, dim, room(tokens), dtype=FLOAT8)[..., :tokens].permute(0, 3, 1, 2)
-
-        return cls([keys(k) for k in conditioning.keys], [values(v) for v in conditioning.values], conditioning.tokens)
-
-    @property
-    def ring_tokens(self) -> int:
-        return self.keys[0].shape[1] - self.conditioning_tokens
+        ring = ring_frames * conditioning.tokens_per_frame
+        sizes = [0 if layer in away else conditioning.tokens + ring for layer in range(len(conditioning.keys))]
+        keys = [empty_keys(k, size, float8) for k, size in zip(conditioning.keys, sizes)]
+        values = [empty_values(v, size, float8) for v, size in zip(conditioning.values, sizes)]
+        return cls(keys, values, conditioning.tokens, ring)
 
     def condition(self, conditioning: Conditioning, table: Tensor, reference_position: int) -> None:
         """Overwrite the conditioning part, in place; the ring stays. table: rotations [C, dim / 2, 2] of all tokens."""
         tokens = self.conditioning_tokens
         if conditioning.tokens != tokens:
             raise ValueError(f"cache made for {tokens} conditioning tokens, got {conditioning.tokens}")
-        for layer, (k, v) in enumerate(zip(conditioning.keys, conditioning.values)):
-            store(apply_rope(k, table), self.keys[layer][:, :tokens])
-            store(v, self.values[layer][:, :tokens])
+        for layer in range(len(conditioning.keys)):
+            if layer not in self.away:
+                self.condition_layer(layer, conditioning, table)
         self.reference_position, self.version = reference_position, conditioning.version
+
+    def condition_layer(self, layer: int, conditioning: Conditioning, table: Tensor) -> None:
+        """Of one layer whose buffer is here."""
+        tokens = self.conditioning_tokens
+        store(apply_rope(conditioning.keys[layer], table), self.keys[layer][:, :tokens])
+        store(conditioning.values[layer], self.values[layer][:, :tokens])
 
     def move_reference(self, conditioning: Conditioning, table: Tensor, position: int) -> None:
         """Rotate the reference frame's keys for another position, in place. table: [rows * columns, dim / 2, 2]."""
         tokens = conditioning.tokens_per_frame
         for layer, k in enumerate(conditioning.keys):
-            store(apply_rope(k[:, :tokens], table), self.keys[layer][:, :tokens])
+            if layer not in self.away:
+                store(apply_rope(k[:, :tokens], table), self.keys[layer][:, :tokens])
         self.reference_position = position
 
     def append(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +121,39 @@ class KVCache:
         """What that block may look at once it is written."""
         end = self.conditioning_tokens + min(start + tokens, self.ring_tokens)
         return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+
+@dataclass
+class Turn:
+    """A pass through the layers of a network, as far as its memory is concerned.
+
+    layer: which it is about to enter; table: rotations [C, dim / 2, 2] of the conditioning for this pass, where layers
+    of the cache are away; start, tokens: the block, as `KVCache.slots` takes it.
+    """
+
+    layer: int
+    cache: KVCache
+    conditioning: Conditioning
+    table: Tensor | None
+    start: int
+    tokens: int
+
+
+def empty_keys(like: Tensor, tokens: int, float8: bool) -> Tensor:
+    """Zeros [B, tokens, heads, dim] for the keys of a layer whose conditioning is `like`."""
+    batch, _, heads, dim = like.shape
+    # A head's tokens lie together in memory: matrix products then read it without a copy, whatever the batch.
+    if not float8:
+        return like.new_zeros(batch, heads, tokens, dim).transpose(1, 2)
+    return like.new_zeros(batch, heads, room(tokens), dim, dtype=FLOAT8)[:, :, :tokens].transpose(1, 2)
+
+
+def empty_values(like: Tensor, tokens: int, float8: bool) -> Tensor:
+    """The same for its values."""
+    if not float8:
+        return empty_keys(like, tokens, float8)
+    batch, _, heads, dim = like.shape
+    return like.new_zeros(batch, heads, dim, room(tokens), dtype=FLOAT8)[..., :tokens].permute(0, 3, 1, 2)
 
 
 def room(tokens: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avatar.cache import Conditioning, KVCache
+from avatar.cache import Conditioning, KVCache, Turn
 
 TRAIN_TIMESTEPS = 1000
 MAX_STEPS = 8
@@ -112,12 +112,17 @@ class Reanchor(StrEnum):
     """And the generated frames, encoded again, take the motion frames' place."""
 
 
-Pass = Generator[int, None, Tensor]
-"""One pass through a network's layers: tells each layer's number just before it enters it, and gives its result."""
+Pass = Generator[Turn, None, Tensor]
+"""One pass through a network's layers: tells where it is just before it enters each, and gives its result."""
+
+Enter = Callable[[Sequence[Turn], int], None]
+"""Told before pass n of these enters the layer that it stands before; and at the end, with n = how many there are."""
 
 
 class Denoiser(Protocol):
     """What sampling needs of a network; see `CausalDiT`."""
+
+    enter: Enter | None
 
     def modulation(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -237,20 +242,24 @@ def advance(
             )
         )
     falls = levels.diff()
-    for flight, velocity in zip(flights, in_lockstep(passes), strict=True):
+    for flight, velocity in zip(flights, in_lockstep(passes, dit.enter), strict=True):
         flight.x = euler_step(flight.x, velocity, falls[len(flight.trace)])
         flight.trace.append(flight.x)
     return len(flights[0].trace) == len(falls)
 
 
-def in_lockstep(passes: Sequence[Pass]) -> list[Tensor]:
+def in_lockstep(passes: Sequence[Pass], enter: Enter | None = None) -> list[Tensor]:
     """The results of passes over the same layers: all are through a layer before any enters the next."""
     results: dict[int, Tensor] = {}
+    turns = [next(running) for running in passes]
     while len(results) < len(passes):
         for number, running in enumerate(passes):
-            if number not in results:
-                try:
-                    next(running)
-                except StopIteration as end:
-                    results[number] = end.value
+            if enter is not None:
+                enter(turns, number)
+            try:
+                turns[number] = next(running)
+            except StopIteration as end:
+                results[number] = end.value
+    if enter is not None:
+        enter(turns, len(passes))
     return [results[number] for number in range(len(passes))]

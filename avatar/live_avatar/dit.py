@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from audio.errors import AvatardError
 from avatar.attention import apply_rope, attention, rope_table, sampled_positions
-from avatar.cache import Conditioning, KVCache
+from avatar.cache import Conditioning, KVCache, Turn
 from avatar.live_avatar.audio_encoder import AudioTokens, CausalAudioEncoder
-from avatar.sampling import PREFILL_POSITION, Pass, in_lockstep
+from avatar.sampling import PREFILL_POSITION, Enter, Pass, in_lockstep
 
 MOTION_FRAMES = 19
 """Latent frames the frame packer reads, newest last: 16, then 2, then 1, at falling compression."""
@@ -342,6 +342,8 @@ class CausalDiT(nn.Module):
         self.head = Head(config)
         self.injector_of_block = {block: j for j, block in enumerate(config.audio_inject_layers)}
         self.float8_cache = False
+        self.enter: Enter | None = None
+        """Told of each layer that a step is about to enter; for what has to be there by then (`avatar.offload`)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -420,13 +422,17 @@ class CausalDiT(nn.Module):
         global_, local = self.casual_audio_encoder(features)
         return AudioTokens(global_[:, 1:].to(self.dtype), local[:, 1:].to(self.dtype))
 
-    def prepare_audio(self, tokens: AudioTokens) -> list[Injection]:
+    def prepare_audio(self, tokens: AudioTokens) -> list[Injection | AudioTokens]:
         """What each injector makes of the block's audio, once per block, for `step`."""
         return [self.audio_injector.prepare(j, tokens) for j in range(len(self.config.audio_inject_layers))]
 
-    def hear(self, features: Tensor) -> list[Injection]:
+    def hear(self, features: Tensor) -> list[Injection | AudioTokens]:
         """`encode_audio`, then `prepare_audio`: all that a block's audio is to `step`."""
         return self.prepare_audio(self.encode_audio(features))
+
+    def hear_later(self, features: Tensor) -> list[Injection | AudioTokens]:
+        """As `hear`, but each injector prepares its part when its turn comes first: when its weights are there."""
+        return [self.encode_audio(features)] * len(self.config.audio_inject_layers)
 
     # Where tokens are.
 
@@ -492,7 +498,7 @@ class CausalDiT(nn.Module):
 
     def step(self, *arguments: Any, **options: Any) -> Tensor:
         """As `step_by_layer`, all layers at once."""
-        (velocity,) = in_lockstep([self.step_by_layer(*arguments, **options)])
+        (velocity,) = in_lockstep([self.step_by_layer(*arguments, **options)], self.enter)
         return velocity
 
     def step_by_layer(
@@ -501,7 +507,7 @@ class CausalDiT(nn.Module):
         time: tuple[Tensor, Tensor],
         conditioning: Conditioning,
         text: TextKV,
-        audio: list[Injection],
+        audio: list[Injection | AudioTokens],
         cache: KVCache,
         f0: int,
         reference_position: int,
@@ -528,9 +534,11 @@ class CausalDiT(nn.Module):
             moved = self.block_rope(reference_position, 1, rows, columns, x.device)
             cache.move_reference(conditioning, moved, reference_position)
         start = f0 * rows * columns
+        turn = self.turn(cache, conditioning, start, x.shape[1])
 
         for i in range(len(self.blocks)):
-            yield i
+            turn.layer = i
+            yield turn
 
             def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = i) -> Tensor:
                 return attention(q, *cache.append(layer, k, v, start))
@@ -538,8 +546,25 @@ class CausalDiT(nn.Module):
             x = self.blocks[i](x, e0, attend, text[i] if text else None, rope)
             if i in self.injector_of_block:
                 j = self.injector_of_block[i]
-                x = self.add_audio(j, x, audio[j], mask)
+                x = self.add_audio(j, x, self.injection(audio, j), mask)
         return self.head(x, e, rows, columns)
+
+    def turn(self, cache: KVCache, conditioning: Conditioning, start: int, tokens: int) -> Turn:
+        """A pass before its first layer, its cache's reference in place."""
+        table = None
+        if cache.away:
+            position = cache.reference_position
+            assert position is not None
+            device = conditioning.keys[0].device
+            table = self.conditioning_rope(position, conditioning.rows, conditioning.columns, device)
+        return Turn(0, cache, conditioning, table, start, tokens)
+
+    def injection(self, audio: list[Injection | AudioTokens], j: int) -> Injection:
+        """What injector j makes of the audio; where that is not prepared yet it is now, in place."""
+        prepared = audio[j]
+        if isinstance(prepared, AudioTokens):
+            prepared = audio[j] = self.audio_injector.prepare(j, prepared)
+        return prepared
 
     def inject(self, j: int, x: Tensor, tokens: AudioTokens, mask: Tensor | None = None) -> Tensor:
         """Let injector j add the audio to x [B, F * n, D]; tokens: global [B, F, 1, D], local [B, F, 5, D]."""

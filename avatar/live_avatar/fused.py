@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from avatar.attention import attention
 from avatar.cache import Conditioning, KVCache
 from avatar.kernels import Norm, Rounded, gelu, residual_norm, rotate, split_heads
+from avatar.live_avatar.audio_encoder import AudioTokens
 from avatar.live_avatar.dit import Attention, Block, CausalDiT, Injection, TextKV
 from avatar.quantize import Float8Linear
 from avatar.sampling import Pass
@@ -40,7 +41,7 @@ class FusedStep:
         time: tuple[Tensor, Tensor],
         conditioning: Conditioning,
         text: TextKV,
-        audio: list[Injection],
+        audio: list[Injection | AudioTokens],
         cache: KVCache,
         f0: int,
         reference_position: int,
@@ -60,8 +61,10 @@ class FusedStep:
         start = f0 * rows * columns
         x = dit.embed(x, pose)[0]
         _, h = residual_norm(x, norm=self.first_norm(0, modulations), float8=self.float8)
+        turn = dit.turn(cache, conditioning, start, len(x))
         for i in range(len(dit.blocks)):
-            yield i
+            turn.layer = i
+            yield turn
             block = dit.blocks[i]
             following = self.first_norm(i + 1, modulations)
             rounds = self.float8 and following is not None
@@ -70,14 +73,15 @@ class FusedStep:
                 x, h = residual_norm(r, y, gate, x.dtype, following, rounds)
                 continue
             j = dit.injector_of_block[i]
+            heard = dit.injection(audio, j)
             if mask is None:
-                norm = Norm(audio[j].scale[0, :, 0], audio[j].shift[0, :, 0], 1e-5, unit=False)
+                norm = Norm(heard.scale[0, :, 0], heard.shift[0, :, 0], 1e-5, unit=False)
                 x, h = residual_norm(r, y, gate, x.dtype, norm, self.float8)
-                y = self.cross(dit.audio_injector.injector[j], h, audio[j].k, audio[j].v)
+                y = self.cross(dit.audio_injector.injector[j], h, heard.k, heard.v)
                 x, h = residual_norm(x, y, None, x.dtype, following, rounds)
             else:
                 x, _ = residual_norm(r, y, gate, x.dtype)
-                x = dit.add_audio(j, x[None], audio[j], mask)[0]
+                x = dit.add_audio(j, x[None], heard, mask)[0]
                 _, h = residual_norm(x, norm=following, float8=rounds)
         return dit.head(x[None], e, rows, columns)
 
@@ -138,6 +142,8 @@ class FusedStep:
         keys = conditioning.keys
         table = self.dit.block_rope(position, 1, conditioning.rows, conditioning.columns, keys[0].device)
         for layer, k in enumerate(keys):
+            if layer in cache.away:
+                continue
             rotate(k[0, :tokens].flatten(1), table, out=cache.keys[layer][0, :tokens])
         cache.reference_position = position
 

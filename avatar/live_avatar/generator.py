@@ -25,6 +25,7 @@ from audio.errors import AvatardError
 from audio.wav2vec import SpeechState, SpeechStream
 from avatar.cache import Conditioning, KVCache
 from avatar.demand import Schedule
+from avatar.live_avatar.audio_encoder import AudioTokens
 from avatar.live_avatar.dit import MOTION_FRAMES, CausalDiT, DiTConfig, Injection, TextKV
 from avatar.live_avatar.size import MULTIPLE
 from avatar.live_avatar.text import PromptEncoder
@@ -396,7 +397,7 @@ class LiveAvatar:
             caches = [dit.new_cache(conditioning, ring_frames) for _ in range(self.options.passes)]
             levels = sigmas(self.options.steps, merge_last_step=self.options.merge_last_step)
             times = step_modulations(dit, levels, latent.device)
-            heard: list[Injection] = []
+            heard: list[Injection | AudioTokens] = []
             if self.options.schedule is Schedule.WAVEFRONT:
                 heard = clone(dit.hear(torch.empty(1, config.audio_layers, config.audio_dim, FRAMES_PER_BLOCK)))
         coming = (self.options.passes - 1) * state_bytes(heard)
@@ -516,7 +517,7 @@ class LiveAvatar:
         )
         return Coming(flight, features, audio.samples[: audio.valid].copy())
 
-    def _hear(self, features: Tensor) -> list[Injection]:
+    def _hear(self, features: Tensor) -> list[Injection | AudioTokens]:
         heard = self.dit.hear(features)
         # What a captured graph gives is overwritten by the next block's; in a wavefront both are needed.
         return heard if self.options.schedule is Schedule.SEQUENTIAL else clone(heard)
@@ -619,7 +620,7 @@ class LiveAvatar:
                 self.vae.decode(made.latents[-1], state.vae)
         return state
 
-    def _fill_rings(self, state: Session, block: int, made: Made, audio: list[Injection]) -> None:
+    def _fill_rings(self, state: Session, block: int, made: Made, audio: list[Injection | AudioTokens]) -> None:
         """A block's keys and values once more, in place, of the steps that it has behind it."""
         f0, given = LATENTS_PER_BLOCK * block, state.conditioning
         before = [self._noise(state, block % self.options.clip_blocks), *made.latents][: len(made.latents)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from avatar.cache import Conditioning, KVCache
+from avatar.cache import Conditioning, KVCache, Turn
 from avatar.sampling import (
     Pass,
     Reanchor,
@@ -136,6 +136,8 @@ def test_policies_are_named_as_in_the_settings() -> None:
 class Straight:
     """A network that knows the answer: the velocity that leads straight from the noise to `clean`."""
 
+    enter = None
+
     def __init__(self, noise: Tensor, clean: Tensor) -> None:
         self.velocity = noise - clean
         self.calls: list[tuple[float, Any, int]] = []
@@ -151,7 +153,7 @@ class Straight:
     ) -> Pass:
         assert cache.version == conditioning.version
         self.calls.append((time[0].item(), cache, reference_position))
-        yield 0
+        yield Turn(0, cache, conditioning, None, 0, 0)
         return self.velocity
 
 
@@ -176,10 +178,14 @@ def test_passes_go_through_a_layer_together() -> None:
 
     def layers(name: str, count: int) -> Pass:
         for i in range(count):
-            yield i
+            yield Turn(i, KVCache([], [], 0), Conditioning([], [], 0, 0), None, 0, 0)
             seen.append((name, i))
         return torch.tensor(count)
 
-    results = in_lockstep([layers("a", 3), layers("b", 3)])
+    told: list[tuple[int, list[int]]] = []
+    results = in_lockstep(
+        [layers("a", 3), layers("b", 3)], lambda turns, number: told.append((number, [turn.layer for turn in turns]))
+    )
+    assert told == [(0, [0, 0]), (1, [1, 0]), (0, [1, 1]), (1, [2, 1]), (0, [2, 2]), (1, [2, 2]), (2, [2, 2])]
     assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert [result.item() for result in results] == [3, 3]

@@ -1,0 +1,359 @@
+"""Weights and rings that live on the host and come to the device for their turn.
+
+Weights are only read: one copy of each layer lies in page-locked memory, and two places on the device hold the layer at
+work and the one that is arriving. A ring is read whole and written in one place: of each layer two places on the
+device again, and only the block that was made goes back. All copies run beside the computation, in streams of their
+own; who computes waits for them on the device, never on the host.
+
+The networks do not know of it. `stream_weights` puts a list in the place of a network's list of layers that brings in
+what is asked for; `RingStream` is told by the passes which layer they are about to enter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from avatar.cache import Conditioning, KVCache, Turn, empty_keys, empty_values
+
+ALIGNMENT = 256
+"""Bytes; kernels load faster from multiples of it, and some load from nothing else."""
+
+
+class Link(Protocol):
+    """Copies between host and device, in the order in which they are asked for, beside the computation."""
+
+    def pinned(self, bytes_: int) -> Tensor:
+        """Memory of the host that copies can reach, uint8 [bytes_]."""
+        ...
+
+    def mark(self) -> Any:
+        """The point that the computation has been told to reach so far."""
+        ...
+
+    def copy(self, copies: Callable[[], None], after: Sequence[Any]) -> Any:
+        """Run `copies` once all of these marks and arrivals are behind; the arrival of this one."""
+        ...
+
+    def wait(self, arrival: Any) -> None:
+        """The computation goes on from here only when that has happened."""
+        ...
+
+
+class CudaLink:
+    """One direction of the link to a GPU: a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._device = device
+
+    def pinned(self, bytes_: int) -> Tensor:
+        memory = torch.empty(bytes_, dtype=torch.uint8)
+        # Not pin_memory: PyTorch rounds that up to a power of two, half as much again for a layer of this family.
+        failure = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), bytes_, 0)
+        if int(failure):
+            raise MemoryError(f"{bytes_ / 2**30:.1f} GiB of the host could not be page-locked (CUDA error {failure})")
+        return memory
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def copy(self, copies: Callable[[], None], after: Sequence[torch.cuda.Event]) -> torch.cuda.Event:
+        for event in after:
+            self._stream.wait_event(event)
+        arrival = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            copies()
+            arrival.record(self._stream)
+        return arrival
+
+    def wait(self, arrival: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(arrival)
+
+
+class HostLink:
+    """Where the device is the host: copies are made when they are asked for."""
+
+    def pinned(self, bytes_: int) -> Tensor:
+        return torch.empty(bytes_, dtype=torch.uint8)
+
+    def mark(self) -> None:
+        return None
+
+    def copy(self, copies: Callable[[], None], after: Sequence[None]) -> None:
+        copies()
+
+    def wait(self, arrival: None) -> None:
+        pass
+
+
+def link_to(device: torch.device) -> Link:
+    """A new one, with its own order of copies."""
+    return CudaLink(device) if device.type == "cuda" else HostLink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of a tensor in a slab; offset and strides in elements."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, storage_bytes: int) -> _Place:
+        offset = storage_bytes // tensor.element_size() + tensor.storage_offset()
+        return cls(tensor.dtype, tensor.shape, tensor.stride(), offset)
+
+
+class _Slab:
+    """The weights of one layer, side by side in memory of the host."""
+
+    def __init__(self, modules: Sequence[nn.Module], link: Link) -> None:
+        self._parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
+        self.bytes = 0
+        storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
+        for parameter in self._parameters:
+            storage = parameter.data.untyped_storage()
+            if storage.data_ptr() not in storages:
+                storages[storage.data_ptr()] = (self.bytes, storage)
+                self.bytes += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+        self.memory = link.pinned(self.bytes)
+        for offset, storage in storages.values():
+            whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            self.memory[offset : offset + len(whole)].copy_(whole)
+        # Views of one storage, as a joined matrix and its parts, stay views of one.
+        self._places = [_Place.of(p.data, storages[p.data.untyped_storage().data_ptr()][0]) for p in self._parameters]
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """The parameters as they lie in a copy of the slab."""
+        return [
+            memory[: self.bytes].view(place.dtype).as_strided(place.shape, place.strides, place.offset)
+            for place in self._places
+        ]
+
+    def point_to(self, views: Sequence[Tensor]) -> None:
+        for parameter, view in zip(self._parameters, views):
+            parameter.data = view
+
+
+class StreamedLayers(nn.ModuleList):
+    """A list of layers, some of which are brought to the device when they are asked for, in their order.
+
+    A layer that was asked for stays until the next but one is; whoever asks has by then given all work on the ones
+    before to the device. Names of parameters stay as they are.
+    """
+
+    def __init__(self, layers: nn.ModuleList, slabs: dict[int, _Slab], device: torch.device, link: Link) -> None:
+        super().__init__(layers)
+        self._slabs, self._link = slabs, link
+        self._order = sorted(slabs)
+        room = max((slab.bytes for slab in slabs.values()), default=0)
+        self._places = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._views = {i: [slab.views(place) for place in self._places] for i, slab in slabs.items()}
+        self._there: dict[int, tuple[int, Any]] = {}
+        """Layers on the device or on their way: in which place, and what to wait for."""
+        self._latest: int | None = None
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int) and index in self._slabs and index != self._latest:
+            self._arrive(index)
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[index] for index in range(len(self)))
+
+    def _arrive(self, index: int) -> None:
+        if index not in self._there:
+            self._fetch(index)
+        place, arrival = self._there[index]
+        self._link.wait(arrival)
+        self._slabs[index].point_to(self._views[index][place])
+        self._latest = index
+        following = self._order[(self._order.index(index) + 1) % len(self._order)]
+        if following not in self._there:
+            self._fetch(following)
+
+    def _fetch(self, index: int) -> None:
+        """Begin to copy a layer into the place that is not at work."""
+        at_work = self._there[self._latest][0] if self._latest is not None else 1
+        place = 1 - at_work
+        self._there = {other: there for other, there in self._there.items() if there[0] == at_work}
+        memory, slab = self._places[place], self._slabs[index]
+
+        def copies() -> None:
+            memory[: slab.bytes].copy_(slab.memory, non_blocking=True)
+
+        # All work on what was in that place has been given to the device by now.
+        self._there[index] = (place, self._link.copy(copies, [self._link.mark()]))
+
+
+def stream_weights(
+    layers: nn.ModuleList,
+    together: Callable[[int], Sequence[nn.Module]],
+    resident: Collection[int],
+    device: torch.device,
+    link: Link | None = None,
+) -> StreamedLayers:
+    """The layers as a list that brings in those that are not resident; their weights leave the device, in place.
+
+    Args:
+        together: the modules whose weights come with layer i, itself included.
+        device: where they work.
+    """
+    link = link or link_to(device)
+    slabs = {}
+    for i in range(len(layers)):
+        if i not in resident:
+            slabs[i] = _Slab(together(i), link)
+            # Let go of layer by layer: the device may have no room for all of them beside what is to come.
+            slabs[i].point_to(slabs[i].views(slabs[i].memory))
+    return StreamedLayers(layers, slabs, device, link)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rings
+
+
+@dataclass
+class _Busy:
+    """The ring at work: of which pass and layer, in which place, and what stands for it while it is away."""
+
+    key: tuple[int, int]
+    turn: Turn
+    place: int
+    keys: Tensor
+    values: Tensor
+
+
+class RingStream:
+    """Brings the ring of a step and layer to the device before a pass enters it, and what was made back afterwards.
+
+    The conditioning in front of a ring is made anew each time, from the one that all steps share: that is on the
+    device anyway, and a fifth of a ring.
+
+    Args:
+        away: layers whose rings live on the host; blocks: that a ring holds.
+        device: where they work; inward, outward: the link's two directions.
+    """
+
+    def __init__(
+        self,
+        away: Collection[int],
+        blocks: int,
+        device: torch.device,
+        inward: Link | None = None,
+        outward: Link | None = None,
+    ) -> None:
+        self._away, self._blocks = sorted(away), blocks
+        self._inward, self._outward = inward or link_to(device), outward or link_to(device)
+        self._places: list[tuple[Tensor, Tensor]] = []
+        self._there: dict[tuple[int, int], tuple[int, Any]] = {}
+        """Rings on the device or on their way, by pass and layer: in which place, and what to wait for."""
+        self._busy: _Busy | None = None
+        self._left: list[Any] = [None, None]
+        """When what was made in a place is back on the host."""
+
+    def new_cache(self, conditioning: Conditioning, ring_frames: int, float8: bool) -> KVCache:
+        """An empty cache whose rings live where they should."""
+        cache = KVCache.empty(conditioning, ring_frames, float8, self._away)
+        tokens = conditioning.tokens_per_frame * ring_frames
+        for layer in self._away:
+            k, v = conditioning.keys[layer], conditioning.values[layer]
+            batch, _, heads, dim = k.shape
+            sizes, dtype = (self._blocks, batch, heads, tokens // self._blocks * dim), cache.keys[layer].dtype
+            cache.away[layer] = (self._on_host(sizes, dtype), self._on_host(sizes, dtype))
+            if not self._places:
+                room = conditioning.tokens + tokens
+                self._places = [(empty_keys(k, room, float8), empty_values(v, room, float8)) for _ in range(2)]
+        return cache
+
+    def _on_host(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._inward.pinned(math.prod(sizes) * dtype.itemsize).zero_().view(dtype).view(sizes)
+
+    def enter(self, turns: Sequence[Turn], number: int) -> None:
+        """Pass `number` of these is about to enter its layer; what went before, layer by layer and in this order, is
+        done. With number len(turns): all passes are through their last layer."""
+        self._put_back()
+        if number == len(turns):
+            self._there.clear()
+            return
+        turn = turns[number]
+        if turn.layer not in turn.cache.away:
+            return
+        key = (number, turn.layer)
+        if key not in self._there:
+            self._fetch(key, turn)
+        place, arrival = self._there[key]
+        self._inward.wait(arrival)
+        cache = turn.cache
+        self._busy = _Busy(key, turn, place, cache.keys[turn.layer], cache.values[turn.layer])
+        cache.keys[turn.layer], cache.values[turn.layer] = self._places[place]
+        assert turn.table is not None
+        cache.condition_layer(turn.layer, turn.conditioning, turn.table)
+        if (following := self._next(turns, key)) is not None:
+            self._fetch(following, turns[following[0]])
+
+    def _next(self, turns: Sequence[Turn], key: tuple[int, int]) -> tuple[int, int] | None:
+        """Which ring will be needed after that one."""
+        number, layer = key
+        if number + 1 < len(turns):
+            return number + 1, layer
+        return next(((0, other) for other in self._away if other > layer), None)
+
+    def _fetch(self, key: tuple[int, int], turn: Turn) -> None:
+        """Begin to copy a ring into the place that is not at work."""
+        at_work = self._busy.place if self._busy is not None else 1
+        place = 1 - at_work
+        self._there = {other: there for other, there in self._there.items() if there[0] == at_work}
+        keys, values = self._places[place]
+        (host_keys, host_values), first = turn.cache.away[key[1]], turn.cache.conditioning_tokens
+        made = turn.start // turn.tokens % self._blocks
+
+        def copies() -> None:
+            for block in range(self._blocks):
+                # The oldest is about to be written over.
+                if block != made:
+                    span = slice(first + block * turn.tokens, first + (block + 1) * turn.tokens)
+                    for on_device, on_host in ((keys, host_keys), (values, host_values)):
+                        region = _as_it_lies(on_device[:, span])
+                        region.copy_(on_host[block].view(region.shape), non_blocking=True)
+
+        left = [arrival for arrival in self._left if arrival is not None]
+        self._there[key] = (place, self._inward.copy(copies, [self._inward.mark(), *left]))
+
+    def _put_back(self) -> None:
+        """What was made in the ring at work to the host."""
+        if self._busy is None:
+            return
+        busy, self._busy = self._busy, None
+        turn, layer = busy.turn, busy.key[1]
+        cache, first = turn.cache, turn.cache.conditioning_tokens
+        made = turn.start // turn.tokens % self._blocks
+        span = slice(first + made * turn.tokens, first + (made + 1) * turn.tokens)
+
+        def copies() -> None:
+            for on_device, on_host in zip(self._places[busy.place], cache.away[layer]):
+                region = _as_it_lies(on_device[:, span]).contiguous()
+                on_host[made].view(region.shape).copy_(region, non_blocking=True)
+
+        self._left[busy.place] = self._outward.copy(copies, [self._outward.mark()])
+        cache.keys[layer], cache.values[layer] = busy.keys, busy.values
+
+
+def _as_it_lies(x: Tensor) -> Tensor:
+    """x [B, N, heads, dim] with its axes in the order in which they follow each other in memory."""
+    order = sorted(range(4), key=lambda axis: -x.stride(axis))
+    return x.permute(order)

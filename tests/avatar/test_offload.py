@@ -1,0 +1,193 @@
+"""Weights and rings that come from the host: the same numbers, and nothing read before it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from avatar.cache import Conditioning
+from avatar.live_avatar.dit import CausalDiT, DiTConfig
+from avatar.live_avatar.fast import stream_layers, stream_rings, use_float8, use_float8_attention
+from avatar.offload import stream_weights
+from avatar.sampling import Flight, advance, sigmas, step_modulations
+
+CPU = torch.device("cpu")
+TINY = DiTConfig(
+    dim=64,
+    ffn_dim=96,
+    num_heads=2,
+    num_layers=5,
+    text_dim=32,
+    text_len=8,
+    audio_dim=16,
+    audio_layers=3,
+    audio_inject_layers=(0, 2, 4),
+)
+
+
+@dataclass(eq=False)
+class Copy:
+    """One that was asked for."""
+
+    link: LateLink
+    copies: Callable[[], None]
+    after: Sequence[Any]
+    done: bool = False
+
+
+@dataclass
+class LateLink:
+    """A link that copies nothing before it has to: who forgets to wait reads what is not there yet.
+
+    What is not done when it is waited for, is done then, with all that had to be before it. Memory of the host is full
+    of NaN until something is written there.
+    """
+
+    order: list[Copy] = field(default_factory=list)
+    bytes: int = 0
+
+    def pinned(self, bytes_: int) -> Tensor:
+        self.bytes += bytes_
+        return torch.full((bytes_,), 255, dtype=torch.uint8)
+
+    def mark(self) -> None:
+        return None
+
+    def copy(self, copies: Callable[[], None], after: Sequence[Any]) -> Copy:
+        self.order.append(Copy(self, copies, after))
+        return self.order[-1]
+
+    def wait(self, arrival: Copy) -> None:
+        if not arrival.done:
+            order = arrival.link.order
+            for before in [*order[: order.index(arrival)], *filter(None, arrival.after)]:
+                self.wait(before)
+            arrival.copies()
+            arrival.done = True
+            order.remove(arrival)
+
+
+@dataclass
+class HastyLink(LateLink):
+    """A link that copies at once: who gives a place away too early finds something else there."""
+
+    def copy(self, copies: Callable[[], None], after: Sequence[Any]) -> Copy:
+        made = super().copy(copies, after)
+        self.wait(made)
+        return made
+
+
+def transformer(dtype: torch.dtype = torch.float32) -> CausalDiT:
+    torch.manual_seed(0)
+    dit = CausalDiT(TINY).to(dtype).eval().requires_grad_(False)
+    dit.initialize()
+    for parameter in dit.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
+    return dit
+
+
+@torch.no_grad()
+def speak(dit: CausalDiT, blocks: int, wavefront: bool) -> list[Tensor]:
+    """Latents of blocks one after the other, over more than a ring."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dit.dtype)
+
+    text = dit.encode_text(draw(1, 5, TINY.text_dim))
+    first = dit.prefill(draw(1, 16, 1, 8, 8), draw(1, 16, 19, 8, 8), text)
+    levels = sigmas(3)
+    times = step_modulations(dit, levels)
+    caches = [dit.new_cache(first, 6) for _ in range(3)]
+    second = dit.prefill(draw(1, 16, 1, 8, 8), draw(1, 16, 19, 8, 8), text)
+    second.version = 1
+    made: list[Tensor] = []
+    flights: list[Flight] = []
+    for block in range(blocks + 2 * wavefront):
+        if block < blocks:
+            conditioning: Conditioning = first if block < 3 else second
+            audio = dit.hear(draw(1, TINY.audio_layers, TINY.audio_dim, 12))
+            positions = [30 + block + s for s in range(3)]
+            flights.append(Flight(draw(1, 16, 3, 8, 8), conditioning, audio, 3 * block, positions))
+        clean = advance(dit, flights, caches, levels, times, text)
+        while not wavefront and not clean:
+            clean = advance(dit, flights, caches, levels, times, text)
+        if clean:
+            made.append(flights.pop(0).x)
+    assert not flights
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Tensor]:
+    return speak(transformer(), 5, wavefront=False)
+
+
+@pytest.mark.parametrize("wavefront", [False, True])
+@pytest.mark.parametrize("link", [LateLink, HastyLink])
+@pytest.mark.parametrize("resident", [(), (1, 3), (0, 1, 2, 3)])
+def test_streamed_weights_give_the_same_numbers(expected, resident, link, wavefront):
+    dit = transformer()
+    stream_layers(dit, resident, CPU, link())
+    for ours, theirs in zip(speak(dit, 5, wavefront), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("wavefront", [False, True])
+@pytest.mark.parametrize("link", [LateLink, HastyLink])
+@pytest.mark.parametrize("resident", [(), (1, 3), (0, 1, 2, 3)])
+def test_streamed_rings_give_the_same_numbers(expected, resident, link, wavefront):
+    dit = transformer()
+    stream_rings(dit, resident, 2, CPU, link(), link())
+    for ours, theirs in zip(speak(dit, 5, wavefront), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_both_at_once_in_8_bits():
+    made = []
+    for streamed in (False, True):
+        dit = transformer(torch.bfloat16)
+        use_float8(dit)
+        use_float8_attention(dit)
+        if streamed:
+            stream_layers(dit, (1,), CPU, LateLink())
+            stream_rings(dit, (2,), 2, CPU, LateLink(), LateLink())
+        made.append(speak(dit, 5, wavefront=True))
+    for ours, theirs in zip(*made, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_only_what_is_streamed_lies_on_the_host_and_only_once():
+    dit, link = transformer(), LateLink()
+    layer = sum(parameter.nbytes for parameter in dit.blocks[1].parameters())
+    stream_layers(dit, (0, 2, 4), CPU, link)
+    assert 2 * layer <= link.bytes < 2.2 * layer
+    assert list(dit.state_dict()) == list(transformer().state_dict())
+    for name, tensor in transformer().state_dict().items():
+        assert torch.equal(dit.state_dict()[name], tensor)
+
+
+def test_views_of_one_storage_stay_views_of_one():
+    whole = torch.randn(6, 4)
+    layer = nn.Module()
+    layer.whole, layer.upper = (nn.Parameter(part, requires_grad=False) for part in (whole, whole[3:]))
+    link = LateLink()
+    layers = stream_weights(nn.ModuleList([layer]), lambda i: [layer], (), CPU, link)
+    assert link.bytes == 256
+    assert torch.equal(layers[0].upper, whole[3:])
+    layers[0].whole[4] = 7
+    assert (layers[0].upper[1] == 7).all()
+
+
+def test_after_a_pass_was_broken_off_the_next_one_is_right(expected):
+    dit = transformer()
+    stream_layers(dit, (), CPU, LateLink())
+    dit.blocks[3]
+    for ours, theirs in zip(speak(dit, 5, wavefront=False), expected, strict=True):
+        assert torch.equal(ours, theirs)
