@@ -50,7 +50,7 @@ JOB_STATES = ("queued", "running", "completed", "failed", "cancelled")
 PRIORITIES = ("interactive", "batch")
 OUTCOMES = ("completed", "failed", "cancelled")
 SESSION_STATES = ("opening", "on air", "failed", "closed")
-OUTPUT_KINDS = ("rtmp", "rtmps", "srt", "hls", "file", "view", "null")
+OUTPUT_KINDS = ("rtmp", "rtmps", "srt", "hls", "file", "null")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET")
 
 MOST_ROUTES = 200
@@ -384,7 +384,7 @@ def output_kind(name: str) -> str:
     """Of an output's name, which is its target without secrets."""
     scheme, separator, _ = name.partition("://")
     if not separator:
-        scheme = "hls" if name.endswith(".m3u8") else "view" if name == "view" else "file"
+        scheme = "hls" if name.startswith("hls:") or name.endswith(".m3u8") else "file"
     return _known(scheme, OUTPUT_KINDS)
 
 

@@ -270,7 +270,7 @@ async def test_a_disk_and_the_memory_of_the_machine_are_told_in_bytes(bench):
         ("srt://a.example:9000", "srt"),
         ("/srv/out/show.mp4", "file"),
         ("show/index.m3u8", "hls"),
-        ("view", "view"),
+        ("hls:main", "hls"),
         ("gopher://a.example", "other"),
     ],
 )
