@@ -418,9 +418,7 @@ class Inputs:
             private = self._settings.inputs.private_addresses
             return await allowed_addresses(host, port, shown, private=private, resolve=self._resolve)
 
-        # One that trusts nobody, where none is needed: the certificates of the world take long to load.
-        tls = await self._in_thread(_trusting) if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        inner = httpx.AsyncHTTPTransport(verify=tls, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+        inner = await self._in_thread(_transport, url.scheme == "https")
         return httpx.AsyncClient(
             transport=CheckedTransport(allowed, inner),
             trust_env=False,
@@ -429,10 +427,14 @@ class Inputs:
         )
 
 
-def _trusting() -> ssl.SSLContext:
-    tls = httpx.create_ssl_context(trust_env=False)
-    tls.load_default_certs()  # beside those that httpx brings: a company has its own
-    return tls
+def _transport(encrypted: bool) -> httpx.AsyncHTTPTransport:
+    """Blocks: certificates are read, and at the first time a library."""
+    # One that trusts nobody, where none is asked: the certificates of the world take long to load.
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if encrypted:
+        tls = httpx.create_ssl_context(trust_env=False)
+        tls.load_default_certs()  # beside those that httpx brings: a company has its own
+    return httpx.AsyncHTTPTransport(verify=tls, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def _trouble(error: BaseException) -> str:
@@ -478,24 +480,37 @@ async def _body(response: httpx.Response, most: int, shown: str) -> AsyncGenerat
 
 
 async def _decoded(data: str, most: int, shown: str) -> AsyncGenerator[bytes, None]:
-    """The bytes of base64, strictly, but for line breaks."""
+    """The bytes of base64, strictly, but for line breaks; piece by piece, so that the event loop is never held up."""
+    start = 0
     if data.startswith("data:"):
         found = re.match(r"data:[^,]{0,200};base64,", data)
         if found is None:
             raise Refusal("invalid", f"{shown}: not of the form data:TYPE;base64,...")
-        data = data[found.end() :]
-    if len(data) * 3 / 4 > most * 1.1:  # line breaks are some hundredths; what is left is counted as it is decoded
+        start = found.end()
+    if (len(data) - start) * 3 / 4 > most * 1.1:  # line breaks are some hundredths; what is decoded is counted as well
         raise _too_large(shown, most)
-    text = data.translate({ord("\r"): None, ord("\n"): None})
-    wrong = Refusal("invalid", f"{shown}: is not base64 (A-Z a-z 0-9 + / and = at the end)")
-    if len(text) % 4 or "=" in text[:-2]:
-        raise wrong
-    for start in range(0, len(text), PIECE):
-        try:
-            yield base64.b64decode(text[start : start + PIECE], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise wrong from error
+    rest = ""
+    for at in range(start, len(data), PIECE):
+        rest += data[at : at + PIECE].replace("\r", "").replace("\n", "")
+        # The last four wait: only they may end in "=".
+        ready = rest[: max(0, len(rest) - 1) // 4 * 4]
+        rest = rest[len(ready) :]
+        if "=" in ready:
+            raise _not_base64(shown)
+        yield _bytes_of(ready, shown)
         await asyncio.sleep(0)
+    yield _bytes_of(rest, shown)
+
+
+def _bytes_of(text: str, shown: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _not_base64(shown) from error
+
+
+def _not_base64(shown: str) -> Refusal:
+    return Refusal("invalid", f"{shown}: is not base64 (A-Z a-z 0-9 + / and = at the end)")
 
 
 async def _in_time(stream: AsyncIterator[bytes], limit: asyncio.Timeout) -> AsyncGenerator[bytes, None]:

@@ -47,7 +47,8 @@ class Spool:
         self._folder, self.limit, self._clock = folder, limit, clock
         # Held while a file is placed, looked up or deleted, so that none is deleted between being found and touched.
         self._lock = threading.Lock()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
         for left in folder.glob(f"{INCOMING}*"):
             left.unlink(missing_ok=True)
         self._bytes = sum(stat.st_size for _, stat in self._files())
