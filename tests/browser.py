@@ -71,16 +71,17 @@ class Visit:
 
 
 @contextlib.contextmanager
-def visit(browser: Browser, address: str, *, listening: bool = False, **options: Any) -> Iterator[Visit]:
-    """A person with a browser of their own at a page; options as for `Browser.new_context`. listening: see `watched`.
+def visit(browser: Browser, address: str, *, script: str = "", **options: Any) -> Iterator[Visit]:
+    """A person with a browser of their own at a page; options as for `Browser.new_context`.
+
+    script: runs before those of the page; see HEAR.
 
     At the end: the page has asked nobody but its server, and neither its scripts nor its policy have complained.
     """
     options = {"permissions": ["microphone"], "locale": "en-GB", **options}
     context = browser.new_context(**options)
     context.set_default_timeout(8_000)
-    if listening:
-        context.add_init_script(HEAR)
+    context.add_init_script(script)
     page = context.new_page()
     seen = Visit(page, address)
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
@@ -119,7 +120,7 @@ HEAR = """(() => {
         return send.call(this, data);
     };
 })()"""
-"""Before a page's own scripts: write down when it sends sound, and how loud."""
+"""A script for `visit`: write down when the page sends sound, and how loud."""
 
 SEE = """(video) => {
     const seen = (window.seen = []);
@@ -161,7 +162,7 @@ def watch(page: Page, selector: str) -> None:
 
 
 def watched(page: Page) -> Watched:
-    """What was written down. What was heard is there if the page was visited with `listening`."""
+    """What was written down. What was heard is there if the page was visited with HEAR."""
     heard, seen = page.evaluate("[window.heard ?? [], window.seen ?? []]")
     sounds = np.array(heard, float).reshape(-1, 2)
     return Watched(

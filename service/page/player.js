@@ -93,7 +93,7 @@ export class LivePlayer {
     this.say("connecting");
     if (video.canPlayType("application/vnd.apple.mpegurl") === "") video.src = address(`${this.path}/view.mp4`);
     else if (await this.hasList()) video.src = address(`${this.path}/hls/index.m3u8`);
-    else return this.lost("list");
+    else return this.again("waiting");
     this.play();
   }
 
@@ -114,7 +114,11 @@ export class LivePlayer {
     this.connection = null;
     if (this.stopped) return;
     if (why === "type") return this.say("cannot");
-    this.say("lost");
+    this.again("lost");
+  }
+
+  again(state) {
+    this.say(state);
     this.retry = setTimeout(() => this.connect(), RETRY_MS[Math.min(this.failures++, RETRY_MS.length - 1)]);
   }
 

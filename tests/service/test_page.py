@@ -576,6 +576,12 @@ def test_a_player_that_fell_back_catches_up(seen: Visit) -> None:
     seen.page.wait_for_function(f"() => ({BEHIND})() < 1.0")
 
 
+def test_an_iphone_with_a_media_source_of_its_own_plays_it(browser: Browser, daemon: StandIn) -> None:
+    only_managed = "window.ManagedMediaSource = window.MediaSource; delete window.MediaSource;"
+    with visit(browser, daemon.url, script=only_managed) as seen:
+        go_live(seen.page)
+
+
 def test_a_lost_view_is_got_back(seen: Visit, daemon: StandIn) -> None:
     go_live(seen.page)
     daemon.cut_off()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import Watched, chromium, visit, watch, watched
+from browser import HEAR, Watched, chromium, visit, watch, watched
 from live import TOY
 from mp4 import write_sound
 from playwright.sync_api import Page, expect
@@ -120,7 +120,7 @@ def test_live_the_picture_follows_the_microphone_within_two_seconds(place: Any, 
     with (
         daemon(place, TOY) as address,
         chromium(microphone) as browser,
-        visit(browser, address, listening=True) as seen,
+        visit(browser, address, script=HEAR) as seen,
     ):
         found = speak_live(seen.page, 8.0)
     loud = onsets(found.heard_at, found.loudness > 0.5, 1.0)
@@ -129,3 +129,77 @@ def test_live_the_picture_follows_the_microphone_within_two_seconds(place: Any, 
     print(f"microphone to picture: {np.round(took, 2)} s")
     assert len(took) >= 2
     assert np.median(took) < MOST_DELAY_S
+
+
+# The embedded model: does the mouth move when there is speech?
+
+MOUTH = np.s_[18:22, 12:19]
+"""Where the mouth of examples/presenter.png is in a picture of 32 x 32, wherever the head sways."""
+
+
+def speech_and_silence(path: Path, folder: Path, silence_s: float) -> tuple[Path, list[tuple[float, float]]]:
+    """Two sentences of espeak-ng, silence around each. Gives the file and when there is speech, in seconds."""
+    import soundfile
+
+    pieces, spans, at = [np.zeros(round(silence_s * 48_000))], [], silence_s
+    for number, text in enumerate(
+        ("Hello, and welcome to a wonderful morning.", "Maybe we will open all the windows now.")
+    ):
+        spoken = folder / f"{number}.wav"
+        subprocess.run(["espeak-ng", "-w", spoken, "-s", "150", text], check=True, timeout=30)
+        sound, rate = soundfile.read(spoken)
+        sound = np.interp(np.arange(0, len(sound), rate / 48_000), np.arange(len(sound)), sound)
+        pieces += [sound / np.abs(sound).max() * 0.8, np.zeros(round(silence_s * 48_000))]
+        spans.append((at, at + len(sound) / 48_000))
+        at = spans[-1][1] + silence_s
+    return write_sound(path, np.concatenate(pieces), 48_000), spans
+
+
+def movement(pictures: np.ndarray) -> np.ndarray:
+    """How much the mouth's part of each picture differs from that of the one before."""
+    mouth = pictures[(slice(None), *MOUTH)]
+    return np.abs(np.diff(mouth, axis=0, prepend=mouth[:1])).mean((1, 2))
+
+
+def follows_after(at: np.ndarray, moved: np.ndarray, heard_at: np.ndarray, loudness: np.ndarray) -> tuple[float, float]:
+    """By how many seconds the mouth follows the voice, and how well: the best correlation of the two within 3 s."""
+    clock = np.arange(max(at[0], heard_at[0]) + 3.0, min(at[-1], heard_at[-1]), 0.02)
+    smooth = np.ones(25) / 25
+    mouth = np.convolve(np.interp(clock, at, moved), smooth, "same")
+    lags = np.arange(0, 3.0, 0.02)
+    voice = [np.convolve(np.interp(clock - lag, heard_at, loudness), smooth, "same") for lag in lags]
+    fits = [float(np.corrcoef(mouth, one)[0, 1]) for one in voice]
+    best = int(np.argmax(fits))
+    return float(lags[best]), fits[best]
+
+
+@pytest.mark.slow
+@pytest.mark.needs("espeak-ng")
+def test_a_clip_of_the_embedded_model_moves_its_mouth_when_it_speaks(place: Any, tmp_path: Path) -> None:
+    """About half a minute on two quiet cores."""
+    audio, spans = speech_and_silence(tmp_path / "speech.wav", tmp_path, 2.0)
+    with daemon(place, "pocket") as address, chromium() as browser, visit(browser, address) as seen:
+        shown = make_clip(seen.page, EXAMPLES / "presenter.png", audio, 300)
+    moved = movement(shown.pictures)
+    speaking = np.any([(shown.media_s > start) & (shown.media_s < end) for start, end in spans], axis=0)
+    silent = ~np.any([(shown.media_s > start - 0.3) & (shown.media_s < end + 0.5) for start, end in spans], axis=0)
+    silent &= shown.media_s > 0.5
+    print(f"clip: the mouth moves {moved[speaking].mean():.2f} while speaking, {moved[silent].mean():.2f} while silent")
+    assert moved[speaking].mean() > 1.5 * moved[silent].mean()
+
+
+@pytest.mark.slow
+@pytest.mark.needs("espeak-ng")
+def test_live_the_mouth_of_the_embedded_model_follows_the_microphone(place: Any, tmp_path: Path) -> None:
+    """About a minute; on a machine that is fast enough for 25 frames a second."""
+    audio, _ = speech_and_silence(tmp_path / "speech.wav", tmp_path, 2.5)
+    with (
+        daemon(place, "pocket") as address,
+        chromium(audio) as browser,
+        visit(browser, address, script=HEAR) as seen,
+    ):
+        found = speak_live(seen.page, 30.0)
+    after_s, fit = follows_after(found.seen_at, movement(found.pictures), found.heard_at, found.loudness)
+    print(f"live: the mouth follows the microphone after {after_s:.2f} s (correlation {fit:.2f})")
+    assert fit > 0.5
+    assert after_s < MOST_DELAY_S
