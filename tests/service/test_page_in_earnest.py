@@ -17,6 +17,7 @@ from live import TOY
 from mp4 import write_sound
 from playwright.sync_api import Page, expect
 from proxy import free_port
+from rtmp import RtmpServer
 from waiting import until
 
 pytestmark = pytest.mark.needs("chromium")
@@ -75,11 +76,15 @@ def make_clip(page: Page, image: Path, audio: Path, limit_s: float) -> Watched:
     return watched(page)
 
 
-def speak_live(page: Page, seconds: float) -> Watched:
-    """Go on air, open the microphone, and watch."""
+def go_live(page: Page) -> None:
     page.get_by_role("link", name="Live").click()
     page.get_by_role("button", name="Go on air").click()
     page.wait_for_function("() => document.getElementById('live-video').currentTime > 0.5", timeout=60_000)
+
+
+def speak_live(page: Page, seconds: float) -> Watched:
+    """Go on air, open the microphone, and watch."""
+    go_live(page)
     watch(page, "#live-video")
     page.get_by_role("button", name="Microphone").click()
     page.wait_for_timeout(1000 * seconds)
@@ -129,6 +134,32 @@ def test_live_the_picture_follows_the_microphone_within_two_seconds(place: Any, 
     print(f"microphone to picture: {np.round(took, 2)} s")
     assert len(took) >= 2
     assert np.median(took) < MOST_DELAY_S
+
+
+@pytest.mark.slow
+@pytest.mark.needs("nginx")
+def test_an_output_given_on_the_page_reaches_the_server_until_it_is_taken_away(place: Any, tmp_path: Path) -> None:
+    """About ten seconds."""
+    allowed = {"sessions.private_targets": True}
+    with (
+        RtmpServer(tmp_path / "rtmp") as server,
+        daemon(place, TOY, **allowed) as address,
+        chromium() as browser,
+        visit(browser, address) as seen,
+    ):
+        page = seen.page
+        go_live(page)
+        page.get_by_label("RTMP server").fill(server.url("").rstrip("/"))
+        page.get_by_label("Stream key").fill("k3y-of-mine")
+        page.get_by_role("button", name="Add output").click()
+        lanes = page.locator("#live-lanes")
+        expect(lanes).to_contain_text("sending", timeout=20_000)
+        assert len(server.publishings("k3y-of-mine")) == 1
+        assert "k3y-of-mine" not in page.content()
+        page.get_by_role("button", name="Remove rtmp").click()
+        expect(lanes.locator("li")).to_have_count(0)
+        until(lambda: [event for event in server.events if event.event == "publish_done"], 20)
+        assert "k3y-of-mine" not in (place.folder / "log").read_text()
 
 
 # The embedded model: does the mouth move when there is speech?
