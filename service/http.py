@@ -17,7 +17,7 @@ from starlette.routing import Match
 from audio.errors import AvatardError
 from service import VERSION
 from service.app import App
-from service.http_answers import Problem, Responses, needs, problems, refused, unacceptable
+from service.http_answers import PROBLEM, Responses, needs, problem, problems, refused, unacceptable
 from service.http_door import OPEN, Door
 from service.http_jobs import add_job_routes
 from service.http_server import serve
@@ -90,7 +90,7 @@ def make_http(app: App) -> FastAPI:
     add_lightx2v_routes(http, app)
     add_job_routes(http, app)
     add_session_routes(http, app)
-    _describe_tokens(http, app)
+    _describe(http, app)
     return http
 
 
@@ -156,7 +156,7 @@ def _intake(app: App) -> str:
 
 def _add_probes(http: FastAPI, app: App) -> None:
     # Asked by a name that is not this machine's, see the door.
-    elsewhere: Responses = {403: {"model": Problem, "description": "Not at this name"}}
+    elsewhere: Responses = {403: problem("Not at this name")}
 
     @http.get("/livez", tags=["probes"], responses=elsewhere)
     @http.get("/health", tags=["probes"], include_in_schema=False)
@@ -239,20 +239,21 @@ def _add_page(http: FastAPI) -> None:
 # What is told about it
 
 
-def _describe_tokens(http: FastAPI, app: App) -> None:
-    """Have /openapi.json say what takes a token, where there are tokens."""
+def _describe(http: FastAPI, app: App) -> None:
+    """Have /openapi.json say what an error looks like, and what takes a token, where there are tokens."""
     described = http.openapi
 
     def openapi() -> dict[str, Any]:
         if http.openapi_schema is None:
             schema = described()
-            token = {"type": "http", "scheme": "bearer", "description": "one of auth.tokens"}
-            schema["components"]["securitySchemes"] = {"token": token}
-            for path, operations in schema["paths"].items():
-                for operation in operations.values():
-                    operation["security"] = [] if path in OPEN else [{"token": []}]
+            schema["components"]["schemas"]["Problem"] = PROBLEM
+            if app.keys.required:
+                token = {"type": "http", "scheme": "bearer", "description": "one of auth.tokens"}
+                schema["components"]["securitySchemes"] = {"token": token}
+                for path, operations in schema["paths"].items():
+                    for operation in operations.values():
+                        operation["security"] = [] if path in OPEN else [{"token": []}]
         assert http.openapi_schema is not None
         return http.openapi_schema
 
-    if app.keys.required:
-        http.openapi = openapi  # type: ignore[method-assign]
+    http.openapi = openapi  # type: ignore[method-assign]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import FastAPI, Header, Path, Query, Request, Response
@@ -14,11 +14,7 @@ from service.app import App
 from service.auth import Principal
 from service.commands import ID, Refusal, SubmitJob
 from service.http_answers import Events, Responses, event, file_answer, needs, news_body, problems, with_signs_of_life
-
-if TYPE_CHECKING:
-    from service.store import Job
-
-FINAL = ("completed", "failed", "cancelled")
+from service.store import Job
 
 JobId = Annotated[str, Path(pattern=ID, examples=["greeting-1"])]
 UploadName = Annotated[str, Query(max_length=255, description="as the file was called; for messages only")]
@@ -47,7 +43,7 @@ class JobAnswer(BaseModel):
     frames: int = Field(description="made so far")
     total_frames: int | None = Field(description="null until the sound was looked at")
     attempts: int
-    seed: int | None
+    seed: int
     prompt: str | None
     created_at: float
     started_at: float | None
@@ -237,7 +233,7 @@ async def _job_events(app: App, id: str, ending: asyncio.Event) -> AsyncIterator
     with app.hub.listen() as news:
         job = await app.jobs.get(id)
         yield event(job.state, job_answer(job).model_dump())
-        if job.state in FINAL:
+        if job.ended:
             return
         async for item in with_signs_of_life(news, ending):
             if item is None:
@@ -246,7 +242,7 @@ async def _job_events(app: App, id: str, ending: asyncio.Event) -> AsyncIterator
                 # What was missed may have been the end of it.
                 job = await app.jobs.get(id)
                 yield event(job.state, job_answer(job).model_dump())
-                if job.state in FINAL:
+                if job.ended:
                     return
             elif item.kind == "job" and item.id == id:
                 yield event("progress", {"id": id, "state": "running", **item.body})

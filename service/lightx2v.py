@@ -16,7 +16,8 @@ import wave
 from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, File, Form, Path, Request, Response, UploadFile
@@ -31,9 +32,7 @@ from audio.urls import redacted
 from service.app import App
 from service.commands import ID, Refusal, Source, SubmitJob, complaint
 from service.http_answers import Responses, file_answer, needs, problems
-
-if TYPE_CHECKING:
-    from service.store import Job
+from service.store import Job
 
 TRIGGER = "lightx2v"
 """In a job's origin: it came this way, and belongs to the clients that do."""
@@ -397,22 +396,37 @@ async def _submit(app: App, task: VideoTask, image: FilePath | None, sound: File
         "audio": {"upload": sound.name},
         "prompt": task.prompt or None,
         "seed": random.randrange(2**32) if task.seed == -1 else task.seed,
-        "name": task.save_result_path.removeprefix("./") or None,
     }
     shown = task.save_result_path or id
-    try:
-        origin = {"trigger": TRIGGER, "save_result_path": shown}
-        _, is_new = await app.jobs.submit(SubmitJob.model_validate(job), origin)
-    except Refusal as error:
-        if error.reason == "conflict" and await _is_known(app, id):
-            raise _known(id) from error
-        if error.reason == "full":
-            size = app.settings.jobs.queue
-            raise Refusal("full", f"Task queue is full (max {size} tasks)", error.retry_s) from error
-        raise
-    if not is_new:
-        raise _known(id)
-    return Submission(task_id=id, save_result_path=shown)
+    origin = {"trigger": TRIGGER, "save_result_path": shown}
+    for name in _names(task.save_result_path.removeprefix("./"), id):
+        try:
+            _, is_new = await app.jobs.submit(SubmitJob.model_validate({**job, "name": name}), origin)
+        except Refusal as error:
+            if error.reason == "full":
+                size = app.settings.jobs.queue
+                raise Refusal("full", f"Task queue is full (max {size} tasks)", error.retry_s) from error
+            if error.reason != "conflict":
+                raise
+            if await _is_known(app, id):
+                raise _known(id) from error
+            taken = error
+        else:
+            if not is_new:
+                raise _known(id)
+            return Submission(task_id=id, save_result_path=shown)
+    raise taken
+
+
+def _names(wanted: str, id: str) -> list[str | None]:
+    """For the result: as wanted; and another where that is some job's already.
+
+    There the older file would be overwritten, and clients rely on being able to send the same thing twice.
+    """
+    if not wanted:
+        return [None]
+    path = PurePosixPath(wanted)
+    return [wanted, str(path.with_name(f"{path.stem}-{id}{path.suffix}"))]
 
 
 def _known(id: str) -> HTTPException:

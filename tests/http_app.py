@@ -29,28 +29,10 @@ from service.commands import Refusal
 from service.config import Settings, load_settings
 from service.hub import Hub
 from service.inputs import Inputs
+from service.store import Job
 
 BASE = "http://127.0.0.1:8000"
 TOKENS = {name: f"{name}-token-0123456789abcdef" for name in ("read", "jobs", "live", "admin")}
-
-
-@dataclass(frozen=True)
-class Job:
-    id: str
-    state: str = "queued"
-    priority: str = "interactive"
-    request: dict = field(default_factory=dict)
-    attempts: int = 0
-    frames: int = 0
-    total_frames: int | None = None
-    seed: int = 0
-    created_at: float = 1_700_000_000.0
-    started_at: float | None = None
-    finished_at: float | None = None
-    result: dict | None = None
-    error: str | None = None
-    error_type: str | None = None
-    origin: dict = field(default_factory=dict)
 
 
 class FakeJobs:
@@ -67,6 +49,8 @@ class FakeJobs:
             raise Refusal("paused", f"no job is taken: {self.paused}", 30.0)
         if command.name is not None:
             self._inputs.allowed_output(command.name)
+            if any(other.name == command.name and id != command.id for id, other in self.commands.items()):
+                raise Refusal("conflict", f"name: {command.name}: is the file of another job; choose another one")
         for source, kind in ((command.image, "image"), (command.audio, "audio")):
             if source is not None:
                 await self._inputs.fetch(source, kind)

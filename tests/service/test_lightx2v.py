@@ -106,6 +106,12 @@ async def test_without_sound_the_client_says_how_long(client, app):
     assert (answer.status_code, answer.json()["detail"]) == (422, "without sound a task lasts at most 600 s, not 6250")
 
 
+async def test_the_same_message_twice_makes_two_files(client, app):
+    ids = [(await submit(client, **CATS))["task_id"] for _ in range(2)]
+    names = [app.jobs.commands[id].name for id in ids]
+    assert names == ["cat_boxing_seed42.mp4", f"cat_boxing_seed42-{ids[1]}.mp4"]
+
+
 async def test_options_of_one_task_stay_with_it(client, app):
     await submit(client, task_id="one", infer_steps=1, target_video_length=17, prompt="a", seed=1)
     await submit(client, task_id="two")
