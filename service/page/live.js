@@ -20,6 +20,7 @@ export class LiveView {
     this.status = null;
     this.frames = [];
     this.micState = "off";
+    this.turn = 0;
     this.saying = Promise.resolve();
     const complaint = { onComplaint: (message) => complain($("live-complaint"), message) };
     this.image = new FileField($("live-image"), "image", { ...complaint, onChange: () => complain($("live-complaint")) });
@@ -162,22 +163,32 @@ export class LiveView {
     }
   }
 
-  /** The server answers when the text has become sound, which may take as long as it is; one can type on meanwhile. */
+  /**
+   * The server answers when the text has become sound, which may take as long as it is; one can type on meanwhile.
+   * What was typed before an interruption and has not been sent by then is not said.
+   */
   async speak() {
     const text = $("live-text").value.trim();
     if (!text) return;
     $("live-text").value = "";
     this.note(t("say.told"));
-    const instead = $("live-over").checked;
-    const say = () => this.ask("POST", "say", { text, interrupt: instead });
-    const saying = (this.saying = instead ? say() : this.saying.then(say));
-    this.saying = saying.catch((error) => {
+    const interrupt = $("live-over").checked;
+    if (interrupt) this.forgetTexts();
+    const turn = this.turn;
+    const say = () => (turn === this.turn ? this.ask("POST", "say", { text, interrupt }) : null);
+    this.saying = this.saying.then(say).catch((error) => {
       $("live-text").value ||= text;
       this.note(told(error));
     });
   }
 
+  forgetTexts() {
+    this.turn++;
+    this.saying = Promise.resolve();
+  }
+
   async interrupt() {
+    this.forgetTexts();
     try {
       const told = await this.ask("POST", "interrupt");
       const dropped = told?.dropped_s;

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import av
 import numpy as np
@@ -28,6 +28,9 @@ from playwright.sync_api import Browser, Page, expect
 from waiting import until, until_async
 
 from service.http import PAGE_HEADERS
+from service.store import State as JobState
+from streaming.engine import EngineState
+from streaming.lane import State as LaneState
 
 pytestmark = pytest.mark.needs("chromium")
 
@@ -110,6 +113,8 @@ class StandIn:
     views: int = 0
     silent: bool = False
     """Viewers are connected, and get nothing."""
+    talkative: bool = False
+    """A text takes until this is false again."""
     url: str = ""
     loop: asyncio.AbstractEventLoop | None = None
 
@@ -242,7 +247,9 @@ class StandIn:
             outputs[:] = [lane for lane in outputs if lane["name"] != name]
 
         @app.post("/v1/sessions/{id}/{what}")
-        def do(id: str, what: str) -> Any:
+        async def do(id: str, what: str) -> Any:
+            if what == "say":
+                await until_async(lambda: not self.talkative, 60)
             return {"played_s": 1.5, "dropped_s": 2.25} if what == "interrupt" else {}
 
         @app.websocket("/v1/sessions/{id}/view")
@@ -365,6 +372,13 @@ def test_both_languages_have_the_same_words_and_the_page_needs_no_other() -> Non
         re.findall(r'(?<![\w.])(?:t|add)\("([\w.]+)"', sources)
     )
     assert named <= english
+
+
+def test_every_state_that_the_daemon_names_has_a_word() -> None:
+    words = (PAGE / "en.js").read_text()
+    states = {"job": JobState, "lane": LaneState, "engine": EngineState}
+    wanted = [f"{kind}.{state}" for kind, all_of_them in states.items() for state in get_args(all_of_them)]
+    assert [word for word in wanted if f'"{word}":' not in words] == []
 
 
 @pytest.mark.parametrize("path", [PAGE / "index.html", PAGE / "style.css", *SCRIPTS], ids=lambda path: path.name)
@@ -653,6 +667,22 @@ def test_a_text_is_said_and_escape_interrupts(seen: Visit, daemon: StandIn) -> N
     assert daemon.calls("POST /v1/sessions/live-1/say") == [{"text": "Good morning.", "interrupt": False}]
     seen.page.keyboard.press("Escape")
     expect(seen.page.locator("#live-note")).to_have_text("Interrupted; 2.3 s left out.")
+
+
+def test_texts_that_wait_are_forgotten_by_an_interruption(seen: Visit, daemon: StandIn) -> None:
+    go_live(seen.page)
+    daemon.talkative = True
+    for text in ("One.", "Two.", "Three."):
+        seen.page.get_by_label("Text to say").fill(text)
+        seen.page.get_by_role("button", name="Say").click()
+    until(lambda: daemon.calls("POST /v1/sessions/live-1/say"))
+    seen.page.get_by_role("button", name="Interrupt", exact=True).click()
+    expect(seen.page.locator("#live-note")).to_have_text("Interrupted; 2.3 s left out.")
+    daemon.talkative = False
+    seen.page.get_by_label("Text to say").fill("Four.")
+    seen.page.get_by_role("button", name="Say").click()
+    until(lambda: len(daemon.calls("POST /v1/sessions/live-1/say")) == 2)
+    assert [body["text"] for body in daemon.calls("POST /v1/sessions/live-1/say")] == ["One.", "Four."]
 
 
 def test_the_picture_is_changed_on_air(seen: Visit, daemon: StandIn, tmp_path: Path) -> None:
