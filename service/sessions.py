@@ -17,21 +17,16 @@ import secrets
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from audio.chunk import AudioChunk
-from audio.decode import PcmDecoder, PcmFormat, StreamResampler
 from audio.errors import AvatardError
 from audio.live import LISTENER_RATE
-from audio.opus import OpusDecoder
-from audio.source import PushSource, SourceClosed
 from audio.urls import blanked, redacted
 from avatar.model import Reference
 from avatar.picture import cover
@@ -40,9 +35,10 @@ from service.commands import ID, OpenSession, Refusal, Source
 from service.config import Settings
 from service.log import bound
 from service.run import Stopped, metadata, or_stop, read_image
+from service.speaking import Feed, Speaking
 from streaming.encoder import EncoderSettings
 from streaming.lane import Lane, LanePolicy, LaneStatus
-from streaming.live import LiveSession, LiveSettings, LiveStatus
+from streaming.live import Interruption, LiveSession, LiveSettings, LiveStatus
 from streaming.sinks import open_sink
 from streaming.view import ViewSink
 
@@ -63,16 +59,7 @@ KEYFRAMES_S = 2.0
 REWIND_BLOCKS = 3
 """How far an interruption may have to go back: the block on the screen and those made ahead."""
 
-TEXTS = 32
-"""Texts of one session that may wait to be spoken."""
-
 OUTPUTS = 16
-
-PIECE_S = 0.5
-"""Sound that is resampled at once: about a millisecond of work."""
-
-QUIET_S = 0.2
-"""After so long without sound from a sender, what its resampler has kept of it is given."""
 
 LOOK_S = 1.0
 """How often a session looks at its outputs, and whether anybody still needs it."""
@@ -100,8 +87,6 @@ _NOT_YET = LiveStatus(
     interruptions=0,
     outputs=(),
 )
-
-Bytes = bytes
 
 
 class Sessions:
@@ -269,16 +254,7 @@ class Session:
         self._view = ViewSink(self._want_keyframe, clock)
         self._outputs: dict[str, _Output] = {}
         self._last_status: dict[str, Any] | None = None
-        # Sound
-        self._source = PushSource(LISTENER_RATE, ahead_s=settings.live.waiting_s)
-        self._turn = asyncio.Lock()
-        """Whoever has it brings sound; who comes first is first."""
-        self._bringing: set[asyncio.Task[None]] = set()
-        """All that have it or wait for it."""
-        self._feeds: weakref.WeakSet[Feed] = weakref.WeakSet()
-        self._direct: tuple[int, Feed] | None = None
-        self._texts = 0
-        self._small_things: set[asyncio.Task[Any]] = set()
+        self._speaking = Speaking(id, settings.live.waiting_s, clock)
         self._changing = False
         self._used_at = clock()
 
@@ -314,7 +290,7 @@ class Session:
             "state": self._state,
             "error": self.error,
             **figures,
-            "texts": self._texts,
+            "texts": self._speaking.texts,
             "viewers": self._view.viewers,
             "view_type": self.view_type,
             "outputs": [self._output_status(output) for output in self._outputs.values()],
@@ -343,7 +319,7 @@ class Session:
             spec = await or_stop(self._stop, self._engine.ready())
             reference = await asyncio.to_thread(self._reference, self._person, spec.width, spec.height)
             self._live = LiveSession(
-                self._source,
+                self._speaking.source,
                 self._open_model,
                 reference,
                 [self._lane_of_view()],
@@ -362,9 +338,7 @@ class Session:
     async def _end(self) -> None:
         """Let go of everything. How it stood is told last."""
         self._stop.set()
-        for task in [*self._bringing, *self._small_things]:
-            task.cancel()
-        self._source.abandon()
+        self._speaking.close()
         lanes = [output.lane for output in self._outputs.values()]
         for lane in lanes:
             lane.close(complete=False)
@@ -433,7 +407,7 @@ class Session:
             self._tell_outputs()
             if self._in_use():
                 self._used_at = self._clock()
-            elif self._clock() - self._used_at >= idle_s:
+            elif self._clock() - max(self._used_at, self._speaking.used_at) >= idle_s:
                 self._why_closed = f"no sound, viewer or output for {idle_s:g} s"
                 log.info("session %s: %s", self.id, self._why_closed)
                 self._stop.set()
@@ -441,8 +415,7 @@ class Session:
     def _in_use(self) -> bool:
         assert self._live is not None
         sent = any(output.lane.status.state not in ("failed", "ended") for output in self._outputs.values())
-        sound = self._bringing or self._source.waiting_s or self._live.status.speaking
-        return bool(sent or sound or self._view.viewers)
+        return sent or self._speaking.busy or self._live.status.speaking or self._view.viewers > 0
 
     def _tell(self, what: str, **more: Any) -> None:
         more.pop("id", None)
@@ -456,31 +429,16 @@ class Session:
     # What it says
 
     async def push(self, samples: NDArray[np.float32], rate: int) -> None:
-        """Say sound: float32 [n] mono, any n, at that rate in Hz; waits while too much waits to be said.
-
-        What is not a number is silence; what is beyond full scale is at full scale. Interrupted meanwhile, the rest is
-        forgotten. Raises: Refusal: not mono, a rate that is none, or the session is over.
-        """
-        if samples.ndim != 1:
-            raise Refusal("invalid", f"sound: mono samples [n], not {list(samples.shape)}")
-        if self._direct is None or self._direct[0] != rate:
-            if self._direct is not None:
-                await self._direct[1].give_rest()
-            self._direct = rate, self.feed(f"f32le:{rate}:1")
-        await self._direct[1].bytes(np.ascontiguousarray(samples, "<f4").tobytes())
+        """As `Speaking.push`."""
+        await self._speaking.push(samples, rate)
 
     def feed(self, format: str) -> Feed:
-        """Takes bytes of sound in a format: encoding:rate:channels, such as s16le:16000:1, or opus:48000:1.
-
-        Raises: Refusal: there is no such format.
-        """
-        try:
-            return Feed(self, format)
-        except AvatardError as error:
-            raise Refusal("invalid", str(error)) from error
+        """As `Speaking.feed`."""
+        self._check_open()
+        return self._speaking.feed(format)
 
     async def say(self, text: str, voice: str | None = None) -> None:
-        """Speak a text after what is being said. Returns when all of it is sound that waits for its turn, or was
+        """Speak a text after what is being said. Returns when all of it is sound that waits to be heard, or was
         interrupted.
 
         Raises: Refusal: no text can be spoken here, too many wait, this one cannot be, or the session is over.
@@ -488,106 +446,26 @@ class Session:
         self._check_open()
         if self._voice is None:
             raise Refusal("unavailable", "no text can be spoken here; install espeak-ng, or set voice.url")
-        if self._texts >= TEXTS:
-            raise Refusal("full", f"session {self.id}: {TEXTS} texts wait to be spoken; interrupt it or wait", 2.0)
-        speaker = self._voice
-        self._texts += 1
-        try:
-            await self.in_turn(lambda: self._speak(speaker, text, voice))
-        finally:
-            self._texts -= 1
+        await self._speaking.say(self._voice, text, voice)
 
     def utterance_ended(self) -> None:
         """What was said so far is whole: nothing of it need wait for more."""
-        rests = [feed.take_rest() for feed in self._feeds]
-        self._do_later(lambda: self._end_utterance(rests))
+        self._speaking.utterance_ended()
 
     def interrupt(self) -> dict[str, float]:
         """Be silent at once: forget what is not heard yet, and all that was to be said.
 
         Returns: played_s, seconds heard since the voice began; dropped_s, seconds that never will be.
         """
-        for task in self._bringing:
-            task.cancel()
-        for feed in self._feeds:
-            feed.take_rest()
+        self._speaking.forget()
         if self._live is not None:
             told = self._live.interrupt()
-            played_s, dropped_s = told.played_s, told.dropped_s
         else:
-            played_s, dropped_s = 0.0, self._source.drop() / LISTENER_RATE
-        found = {"played_s": round(played_s, 3), "dropped_s": round(dropped_s, 3)}
+            told = Interruption(0.0, self._speaking.source.drop() / LISTENER_RATE)
+        figures = {"played_s": round(told.played_s, 3), "dropped_s": round(told.dropped_s, 3)}
         if not self._stop.is_set():
-            self._tell("interrupted", **found)
-        return found
-
-    async def in_turn(self, work: Callable[[], Awaitable[None]]) -> bool:
-        """Bring sound when all that came before has been brought. False: it was interrupted, or the session ended.
-
-        Raises: Refusal: the session is over. Whatever `work` raises.
-        """
-        self._check_open()
-        self._used_at = self._clock()
-        task = asyncio.create_task(self._with_turn(work), name=f"sound for {self.id}")
-        self._bringing.add(task)
-        try:
-            await asyncio.wait({task})
-        finally:
-            self._bringing.discard(task)
-            task.cancel()
-        if task.cancelled():
-            self._check_open()
-            return False
-        try:
-            task.result()
-        except SourceClosed:
-            self._check_open()
-            raise
-        return True
-
-    async def _with_turn(self, work: Callable[[], Awaitable[None]]) -> None:
-        async with self._turn:
-            await work()
-
-    async def bring(self, samples: NDArray[np.float32]) -> None:
-        """Sound at 48 kHz to the session, by whoever has the turn."""
-        if samples.size:
-            await self._source.push(AudioChunk(samples, LISTENER_RATE))
-
-    async def _end_utterance(self, rests: list[NDArray[np.float32]]) -> None:
-        for rest in rests:
-            await self.bring(rest)
-        self._source.end_utterance()
-
-    async def _speak(self, speaker: Voice, text: str, voice: str | None) -> None:
-        resampler: StreamResampler | None = None
-        try:
-            async with contextlib.aclosing(speaker.speak(text, voice)) as chunks:
-                async for chunk in chunks:
-                    if resampler is None:
-                        resampler = StreamResampler(chunk.sample_rate, LISTENER_RATE, 1)
-                    await self.bring(resampler.push(chunk.samples[:, None])[:, 0])
-        finally:
-            # Also where it broke off: what there is of it is heard to its end.
-            if resampler is not None and (rest := resampler.flush()).size and not self._interrupted():
-                await self.bring(rest[:, 0])
-            self._source.end_utterance()
-
-    def _interrupted(self) -> bool:
-        task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0
-
-    def _do_later(self, work: Callable[[], Awaitable[None]]) -> None:
-        """In its turn, while nobody waits for it."""
-
-        async def carry_out() -> None:
-            with contextlib.suppress(Refusal):
-                await self.in_turn(work)
-
-        if not self._stop.is_set():
-            task = asyncio.create_task(carry_out(), name=f"later sound for {self.id}")
-            self._small_things.add(task)
-            task.add_done_callback(self._small_things.discard)
+            self._tell("interrupted", **figures)
+        return figures
 
     # Who it is
 
@@ -730,67 +608,6 @@ class Session:
             if now != output.told:
                 output.told = now
                 self._tell("output", **status)
-
-
-class Feed:
-    """The sound of one sender in one format, as it comes; made by `Session.feed`."""
-
-    def __init__(self, session: Session, format: str) -> None:
-        """Raises: AudioError."""
-        self._session = session
-        encoding = format.strip().lower().partition(":")[0]
-        self._decoder: PcmDecoder | OpusDecoder
-        if encoding == "opus":
-            self._decoder, self._piece = OpusDecoder(LISTENER_RATE, live=True), 0
-        else:
-            pcm = PcmFormat.parse(format)
-            self._decoder = PcmDecoder(pcm, LISTENER_RATE, live=True)
-            self._piece = max(1, round(pcm.sample_rate * PIECE_S)) * pcm.bytes_per_frame
-        self._timer: asyncio.TimerHandle | None = None
-        session._feeds.add(self)
-
-    async def bytes(self, data: Bytes) -> None:
-        """Say these bytes, cut anywhere; of Opus one packet. Waits while too much waits to be said.
-
-        Interrupted meanwhile, the rest is forgotten. Raises: Refusal: not Opus, or the session is over.
-        """
-        self._be_awake()
-        going_on = True
-        piece = self._piece or max(1, len(data))
-        for begin in range(0, len(data), piece):
-            # Also what is forgotten: a sample may end in the next bytes.
-            samples = self._decoded(data[begin : begin + piece])
-            if going_on and samples.size:
-                going_on = await self._session.in_turn(partial(self._session.bring, samples))
-        if not going_on:
-            self.take_rest()
-        self._timer = asyncio.get_running_loop().call_later(QUIET_S, self._pause)
-
-    async def give_rest(self) -> None:
-        """Say what is held back, as if silence followed."""
-        rest = self.take_rest()
-        await self._session.in_turn(lambda: self._session.bring(rest))
-
-    def take_rest(self) -> NDArray[np.float32]:
-        """What is held back, for the caller to say or forget."""
-        self._be_awake()
-        return self._decoder.pause().samples
-
-    def _decoded(self, data: Bytes) -> NDArray[np.float32]:
-        try:
-            return self._decoder.feed(data).samples
-        except AvatardError as error:
-            raise Refusal("invalid", str(error)) from error
-
-    def _pause(self) -> None:
-        rest = self.take_rest()
-        if rest.size:
-            self._session._do_later(lambda: self._session.bring(rest))
-
-    def _be_awake(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 def _path(target: str) -> Path | None:
