@@ -44,14 +44,14 @@ def test_a_day_of_the_daemon(tmp_path, speech):
         serve.ready()
         assert serve.finished("early")["state"] == "completed"
         video = read_mp4(serve.result("early", tmp_path / "early.mp4"))
-        assert len(video.frames) == 50
+        assert video.frames == 50
         until(lambda: any("READY=1" in told for told in serve.told), 10, "READY")
         until(lambda: "WATCHDOG=1" in serve.told, 10, "WATCHDOG")
 
         figures = until(lambda: figures_with(serve, 'avatard_jobs_total{outcome="completed"}'), 10, "a counted job")
         assert figures['avatard_stage_seconds_count{stage="model"}'] >= 5
         assert figures["avatard_job_video_seconds_total"] == 2.0
-        assert figures['avatard_http_requests_total{code="202",method="POST",route="/v1/jobs"}'] == 1
+        assert figures['avatard_http_requests_total{code="201",method="POST",route="/v1/jobs"}'] == 1
         assert figures["avatard_engine_process_resident_memory_bytes"] > 1e6
 
         serve.kill_engine()
@@ -59,7 +59,8 @@ def test_a_day_of_the_daemon(tmp_path, speech):
         serve.ready()
         serve.submit(speech(), id="after", seed=7)
         assert serve.finished("after")["state"] == "completed"
-        assert serve.result("after", tmp_path / "after.mp4").read_bytes() == (tmp_path / "early.mp4").read_bytes()
+        again = read_mp4(serve.result("after", tmp_path / "after.mp4"))
+        np.testing.assert_array_equal(again.brightness, video.brightness)
 
         before = time.monotonic()
         assert serve.stop() == 0
@@ -91,30 +92,28 @@ def test_what_prometheus_reads_of_a_daemon_at_work(tmp_path, speech):
 
         # Asked to end, it finishes the file.
         assert serve.stop() == 0
-        assert len(read_mp4(serve.outputs / "show.mp4").frames) > 50
+        assert read_mp4(serve.outputs / "show.mp4").frames > 50
 
 
 def test_a_killed_daemon_goes_on_where_it_was_and_the_file_is_the_same(tmp_path, speech):
     slow = ("model.options={step_s: 0.1}", "jobs.segment_s=1")
-    sound = speech(20.0)
-    with Serve(tmp_path / "killed", *slow) as serve:
-        serve.submit(sound, id="long", seed=3)
-        for frames in (100, 300):
+    sound = speech(8.0)
+    with Serve(tmp_path, *slow) as serve:
+        serve.submit(sound, id="long", seed=3, name="killed/film")
+        for frames in (40, 110):
             until(lambda frames=frames: serve.job("long")["frames"] >= frames, 60, f"{frames} frames")
             serve.kill()
             serve.start()
         # What was accepted is there, and what is asked for again is the same job.
-        assert serve.submit(sound, id="long", seed=3)["id"] == "long"
+        assert serve.submit(sound, id="long", seed=3, name="killed/film")["id"] == "long"
+        serve.submit(sound, id="whole", seed=3, name="whole/film")
         job = serve.finished("long", 90)
         assert (job["state"], job["attempts"]) == ("completed", 3)
-        killed = serve.result("long", tmp_path / "killed.mp4")
-        assert len(serve.call("GET", "/v1/jobs").json()["jobs"]) == 1
-    with Serve(tmp_path / "whole", "jobs.segment_s=1") as serve:
-        serve.submit(sound, id="long", seed=3)
-        assert serve.finished("long")["state"] == "completed"
-        whole = serve.result("long", tmp_path / "whole.mp4")
+        assert serve.finished("whole", 90)["attempts"] == 1
+        assert len(serve.call("GET", "/v1/jobs").json()["jobs"]) == 2
+        killed, whole = (serve.result(id, tmp_path / f"{id}.mp4") for id in ("long", "whole"))
     assert killed.read_bytes() == whole.read_bytes()
-    assert len(read_mp4(whole).frames) == 500
+    assert read_mp4(whole).frames == 200
 
 
 # Starting
