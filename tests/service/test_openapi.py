@@ -104,8 +104,8 @@ async def test_nothing_is_otherwise_than_described(app):
 
 @pytest.mark.slow
 async def test_nothing_out_of_many_is_otherwise_than_described(app):
-    """Ten minutes."""
-    await check(app, 400)
+    """Five minutes."""
+    await check(app, 150)
 
 
 async def check(app, examples):
