@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import HEAR, Watched, chromium, visit, watch, watched
+from browser import HEAR, Visit, Watched, chromium, visit, watch, watched
 from live import TOY
 from mp4 import write_sound
 from playwright.sync_api import Page, expect
@@ -22,35 +24,36 @@ from waiting import until
 
 pytestmark = pytest.mark.needs("chromium")
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = ROOT / "examples"
 MOST_DELAY_S = 2.0
 """From a sound at the microphone to its picture on the screen."""
 
 
 @contextlib.contextmanager
-def daemon(place: Any, model: str, **settings: object) -> Iterator[str]:
-    """`avatard serve` with that model; its address, once the model is warm."""
+def daemon(folder: Path, model: str, **settings: object) -> Iterator[str]:
+    """`avatard serve` with that model, all of it in that folder; its address, once the model is warm."""
     port = free_port()
     given = {
         "model.name": model,
-        "daemon.state": place.folder / "state",
-        "daemon.outputs": place.folder / "results",
+        "daemon.state": folder / "state",
+        "daemon.outputs": folder / "results",
         "jobs.min_free_gb": 0,
         "http.port": port,
         **settings,
     }
     assignments = [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
-    log = (place.folder / "log").open("w")
-    process = subprocess.Popen(
-        place.command("serve", *assignments), stderr=log, cwd=place.folder, env=place.environment()
-    )
+    command = [sys.executable, "-m", "service.cli", "serve", *assignments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    log = (folder / "log").open("w")
+    process = subprocess.Popen(command, stderr=log, cwd=folder, env=environment)
     address = f"http://127.0.0.1:{port}/"
     try:
         until(lambda: process.poll() is not None or is_ready(address), 120, f"{address}readyz")
-        assert process.poll() is None, (place.folder / "log").read_text()
+        assert process.poll() is None, (folder / "log").read_text()
         yield address
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0, (place.folder / "log").read_text()
+        assert process.wait(20) == 0, (folder / "log").read_text()
     finally:
         process.kill()
         process.wait(10)
@@ -111,23 +114,25 @@ def beeps(path: Path, every_s: float, seconds: float) -> Path:
     return write_sound(path, 0.95 * np.sin(2 * np.pi * 800 * at) * (at % every_s < 0.2), 48_000)
 
 
-def test_a_clip_flashes_when_its_sound_does(place: Any) -> None:
-    with daemon(place, TOY) as address, chromium() as browser, visit(browser, address) as seen:
-        shown = make_clip(seen.page, place.image, place.audio, 30)
-        brightness = shown.pictures.mean((1, 2))
-        assert brightness.max() > 180
-        assert shown.media_s[brightness.argmax()] == pytest.approx(1.0, abs=0.1)
-        assert np.median(brightness) < 120
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
+    """A page before a daemon with the toy model, and a microphone that beeps."""
+    folder = tmp_path_factory.mktemp("daemon")
+    microphone = beeps(folder / "beeps.wav", 2.5, 10.0)
+    with daemon(folder, TOY) as address, chromium(microphone) as browser, visit(browser, address, script=HEAR) as seen:
+        yield seen
 
 
-def test_live_the_picture_follows_the_microphone_within_two_seconds(place: Any, tmp_path: Path) -> None:
-    microphone = beeps(tmp_path / "beeps.wav", 2.5, 10.0)
-    with (
-        daemon(place, TOY) as address,
-        chromium(microphone) as browser,
-        visit(browser, address, script=HEAR) as seen,
-    ):
-        found = speak_live(seen.page, 8.0)
+def test_a_clip_flashes_when_its_sound_does(seen: Visit, place: Any) -> None:
+    shown = make_clip(seen.page, place.image, place.audio, 30)
+    brightness = shown.pictures.mean((1, 2))
+    assert brightness.max() > 180
+    assert shown.media_s[brightness.argmax()] == pytest.approx(1.0, abs=0.1)
+    assert np.median(brightness) < 120
+
+
+def test_live_the_picture_follows_the_microphone_within_two_seconds(seen: Visit) -> None:
+    found = speak_live(seen.page, 7.0)
     loud = onsets(found.heard_at, found.loudness > 0.5, 1.0)
     bright = onsets(found.seen_at, found.pictures.mean((1, 2)) > 160, 1.0)
     took = delays(loud, bright)
@@ -138,12 +143,12 @@ def test_live_the_picture_follows_the_microphone_within_two_seconds(place: Any, 
 
 @pytest.mark.slow
 @pytest.mark.needs("nginx")
-def test_an_output_given_on_the_page_reaches_the_server_until_it_is_taken_away(place: Any, tmp_path: Path) -> None:
+def test_an_output_given_on_the_page_reaches_the_server_until_it_is_taken_away(tmp_path: Path) -> None:
     """About ten seconds."""
     allowed = {"sessions.private_targets": True}
     with (
         RtmpServer(tmp_path / "rtmp") as server,
-        daemon(place, TOY, **allowed) as address,
+        daemon(tmp_path, TOY, **allowed) as address,
         chromium() as browser,
         visit(browser, address) as seen,
     ):
@@ -159,7 +164,7 @@ def test_an_output_given_on_the_page_reaches_the_server_until_it_is_taken_away(p
         page.get_by_role("button", name="Remove rtmp").click()
         expect(lanes.locator("li")).to_have_count(0)
         until(lambda: [event for event in server.events if event.event == "publish_done"], 20)
-        assert "k3y-of-mine" not in (place.folder / "log").read_text()
+        assert "k3y-of-mine" not in (tmp_path / "log").read_text()
 
 
 # The embedded model: does the mouth move when there is speech?
@@ -206,10 +211,10 @@ def follows_after(at: np.ndarray, moved: np.ndarray, heard_at: np.ndarray, loudn
 
 @pytest.mark.slow
 @pytest.mark.needs("espeak-ng")
-def test_a_clip_of_the_embedded_model_moves_its_mouth_when_it_speaks(place: Any, tmp_path: Path) -> None:
+def test_a_clip_of_the_embedded_model_moves_its_mouth_when_it_speaks(tmp_path: Path) -> None:
     """About half a minute on two quiet cores."""
     audio, spans = speech_and_silence(tmp_path / "speech.wav", tmp_path, 2.0)
-    with daemon(place, "pocket") as address, chromium() as browser, visit(browser, address) as seen:
+    with daemon(tmp_path, "pocket") as address, chromium() as browser, visit(browser, address) as seen:
         shown = make_clip(seen.page, EXAMPLES / "presenter.png", audio, 300)
     moved = movement(shown.pictures)
     speaking = np.any([(shown.media_s > start) & (shown.media_s < end) for start, end in spans], axis=0)
@@ -221,11 +226,11 @@ def test_a_clip_of_the_embedded_model_moves_its_mouth_when_it_speaks(place: Any,
 
 @pytest.mark.slow
 @pytest.mark.needs("espeak-ng")
-def test_live_the_mouth_of_the_embedded_model_follows_the_microphone(place: Any, tmp_path: Path) -> None:
+def test_live_the_mouth_of_the_embedded_model_follows_the_microphone(tmp_path: Path) -> None:
     """About a minute; on a machine that is fast enough for 25 frames a second."""
     audio, _ = speech_and_silence(tmp_path / "speech.wav", tmp_path, 2.5)
     with (
-        daemon(place, "pocket") as address,
+        daemon(tmp_path, "pocket") as address,
         chromium(audio) as browser,
         visit(browser, address, script=HEAR) as seen,
     ):
