@@ -36,7 +36,6 @@ PCM_RATE = 24_000
 
 ESPEAK = "espeak-ng"
 
-PIECE_BYTES = 32_768
 AHEAD_S = 2.0
 """Sound that is decoded before somebody takes it."""
 
@@ -167,7 +166,8 @@ class _Service:
         kind, _, rest = answer.headers.get("content-type", "").lower().partition(";")
         if "json" in kind or kind.startswith("text/"):
             raise _Failed(f"answered with {kind} in place of sound; is voice.url its /v1/audio/speech?")
-        parts = answer.aiter_bytes(PIECE_BYTES)
+        # Without a size: with one, httpx holds back what is less.
+        parts = answer.aiter_bytes()
         first = await anext(parts, b"")
         async with contextlib.aclosing(_joined(first, parts)) as whole:
             if _is_container(first):
