@@ -277,7 +277,7 @@ async def test_what_is_no_file_is_refused_and_does_not_hold_anybody_up(make, tmp
         "/proc/self/environ",
         "/proc/self/mem",
         "/proc/version",
-        "/sys/kernel/mm/transparent_hugepage/enabled",
+        "/sys/kernel/uevent_seqnum",
         "/dev/zero",
         "/dev/stdin",
         "/dev/tty",
@@ -286,10 +286,12 @@ async def test_what_is_no_file_is_refused_and_does_not_hold_anybody_up(make, tmp
     ],
 )
 async def test_nothing_that_the_kernel_makes_up_is_read_even_where_everything_is_a_root(make, path, tmp_path):
-    with pytest.raises(Refusal) as caught:
-        await make(roots=["/"]).fetch(Source(path=path), "audio")
-    assert caught.value.reason in ("forbidden", "too large", "invalid")
-    assert "PATH=" not in str(caught.value)
+    inputs = make(roots=["/"])
+    if path in ("/proc/self/environ", "/proc/self/mem", "/proc/version", "/sys/kernel/uevent_seqnum"):
+        await refused(inputs.fetch(Source(path=path), "audio"), "forbidden", "outside")
+    else:
+        with pytest.raises(Refusal):  # what the others are depends on who runs this, and where
+            await inputs.fetch(Source(path=path), "audio")
     assert await left(tmp_path) == []
 
 
@@ -336,13 +338,14 @@ async def test_the_thing_that_was_judged_is_the_thing_that_is_read(make, tmp_pat
     assert (await inputs.fetch(Source(path="face.png"), "image")).read_bytes() == PNG
 
 
-async def test_a_file_that_is_too_large_is_not_read(make, tmp_path):
+async def test_a_file_that_is_too_large_is_not_read(make, tmp_path, monkeypatch):
     inputs = make(max_mb=1)
     (tmp_path / "root" / "huge.wav").touch()
     os.truncate(tmp_path / "root" / "huge.wav", 2**40)
-    began = time.monotonic()
+    really, opened = os.open, []
+    monkeypatch.setattr(module.os, "open", lambda path, flags: (opened.append(flags), really(path, flags))[1])
     await refused(inputs.fetch(Source(path="huge.wav"), "audio"), "too large", "1 MB")
-    assert time.monotonic() - began < 1
+    assert [bool(flags & os.O_PATH) for flags in opened] == [True], "a handle that cannot be read, and no other"
 
 
 async def test_a_file_that_grows_while_it_is_read_is_counted(make, tmp_path, monkeypatch):
@@ -513,6 +516,19 @@ async def test_tls_is_made_with_the_name_of_the_url_and_its_certificate_checked(
             inputs.fetch(Source(url=f"https://speech.example:{web.port}/a.png"), "image"), "invalid", "certificate"
         )
         assert len(web.requests) == 1
+
+
+@pytest.mark.needs("openssl")
+async def test_a_redirect_does_not_take_the_encryption_away(make, certificate, monkeypatch):
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    async with serving(tls=tls) as web, serving() as plain:
+        web.redirect("/a.png", plain.serve("/a.png", PNG))
+        inputs = make(names(speech_example="127.0.0.1"), private_addresses=True)
+        source = Source(url=f"https://speech.example:{web.port}/a.png")
+        await refused(inputs.fetch(source, "image"), "forbidden", "from https to http")
+        assert plain.requests == []
 
 
 # Addresses: what they answer
