@@ -54,6 +54,8 @@ PAUSED_RETRY_S = 60.0
 KEEP_EVERY_S = 600.0
 
 VOICE_TRIES = 3
+VOICE_WAIT_S = 2.0
+"""After the first time that a voice failed; twice that after the second."""
 LONGEST_SPEECH_S = 1200.0
 """What a voice may make of one text."""
 
@@ -291,6 +293,8 @@ class Jobs:
                 raise
             why, attempts = str(error), self._settings.jobs.attempts
             log.warning("job %s: %s", job.id, error)
+            # Not only what was noted last: it decides whether the job got any further.
+            await self._patiently(lambda: store.progress(job.id, run.frames, run.total))
             again = await self._patiently(lambda: store.interrupted(job.id, why, attempts=attempts))
             self._tell(again)
             return again
@@ -352,7 +356,7 @@ class Jobs:
                 if not left:
                     raise
                 log.warning("job %s: %s; tried again", job.id, error)
-                await asyncio.sleep(2.0 ** (VOICE_TRIES - left))
+                await asyncio.sleep(VOICE_WAIT_S * (VOICE_TRIES - left))
         try:
             await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
             await asyncio.to_thread(write_whole, target, spoken)
@@ -512,7 +516,7 @@ class Jobs:
         while True:
             low = await asyncio.to_thread(self._low)
             if low is not None:
-                self._pause(low, at_least_s=0.0)
+                self._pause(low, low=True)
             elif self.paused is not None and self._clock() >= self._full_until:
                 log.info("there is room again; jobs are taken")
                 self.paused = None
@@ -534,10 +538,12 @@ class Jobs:
                 )
         return None
 
-    def _pause(self, why: str, at_least_s: float = DISK_FULL_S) -> None:
-        self._full_until = max(self._full_until, self._clock() + at_least_s)
+    def _pause(self, why: str, *, low: bool = False) -> None:
+        """Take no jobs. low: as long as that is so; else something found the disk full, whatever it says of itself."""
+        if not low:
+            self._full_until = self._clock() + DISK_FULL_S
         if self.paused is None:
-            log.warning("no job is taken for now: %s; make room", why)
+            log.warning("no job is taken for now: %s", why)
             self._hub.tell("daemon", "", "intake paused", why=why)
         self.paused = why
 
