@@ -586,7 +586,8 @@ class Session:
     def _lane(self, target: str, overwrite: bool) -> Lane:
         live = open_sink(target, overwrite).live
         return Lane(
-            lambda: open_sink(target, overwrite),
+            # The address is judged again at each connection, and the connection made to that very one.
+            lambda: open_sink(target, overwrite, self._inputs.target_addresses),
             policy=LanePolicy.LIVE if live else LanePolicy.FILE_IN_LIVE,
             want_keyframe=self._want_keyframe,
             clock=self._clock,
