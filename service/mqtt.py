@@ -303,7 +303,13 @@ class _Mqtt:
             kind, outcome = "other", "ignored"
             # With it set, this was lying there before anybody asked: a command would be carried out at each return.
             if not message.retain:
-                kind, outcome = await self._take(connection, message)
+                try:
+                    kind, outcome = await self._take(connection, message)
+                except BrokerGone:
+                    raise
+                except Exception:
+                    # A bug. The message must not come again, and the daemon has other things to do.
+                    log.exception("mqtt: a message on %s could not even be refused", message.topic)
             connection.acknowledge(message)
             self._app.metrics.message(kind, outcome)
 
@@ -352,6 +358,10 @@ class _Mqtt:
             raise CannotServe(f"nothing can be taken: {error}; is the disk of daemon.state full?") from error
         except Exception as error:
             refusal = _as_refusal(error)
+        if asker is NOBODY:
+            # What is not JSON may well say where the answer goes.
+            with contextlib.suppress(Refusal):
+                asker = read_asker(message.properties, {}, self._topics)
         await self._refuse(connection, parts, body, asker, refusal)
         return parts[-1], "refused"
 
@@ -365,15 +375,16 @@ class _Mqtt:
         self, connection: Connection, parts: list[str], body: Body, asker: Asker, refusal: Refusal
     ) -> None:
         """Answer at once, so that the message can be acknowledged."""
-        id = parts[1] if len(parts) == 3 else body.get("id")
+        named = parts[1] if len(parts) == 3 else body.get("id")
+        id = named if isinstance(named, str) and is_id(named) else ""
         match parts:
-            case ["jobs", id, "audio"] if id in self._uploads:
+            case ["jobs", _, "audio"] if id in self._uploads:
                 self._uploads[id].break_off(refusal)
                 return
             case ["sessions", _, "audio"]:
                 # As often as there is sound.
                 return
-        answer = refusal_body(refusal, id if isinstance(id, str) and is_id(id) else "")
+        answer = refusal_body(refusal, id)
         known = parts[0] == "jobs" and id in self._owed
         await self._publish(connection, asker, _refused_topic(parts[0], answer, known), answer)
 

@@ -50,11 +50,12 @@ NEEDS_A_PERSON = {132, 133, 134, 135, 138, 140}
 """Protocol version, client name, user or password, not authorised, banned, authentication method."""
 NO_SHARING = 158
 TAKEN_OVER = 142
+LOST = 128
 
 log = logging.getLogger(__name__)
 wire_log = logging.getLogger(f"{__name__}.wire")
-# What paho says at lower levels holds topics and properties of every message.
-wire_log.setLevel(logging.WARNING)
+# paho calls every lost connection an error; at lower levels it tells topics and properties of every message.
+wire_log.setLevel(logging.CRITICAL)
 
 BrokerGone = aiomqtt.MqttError
 """The connection is over, whatever the reason. Raised by every call of Connection that waits."""
@@ -213,12 +214,14 @@ class Connection:
             if user:
                 properties.UserProperty = list(user.items())
         await self._client.publish(topic, payload, qos, retain, properties)
+        _check_cancelled()
 
     async def subscribe(self, topics: Sequence[str]) -> None:
         """With QoS 1, and without what is retained there. Raises: CannotServe."""
         options = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
         wanted: Any = [(topic, options if self.five else 1) for topic in topics]
         codes = await self._client.subscribe(wanted)
+        _check_cancelled()
         for topic, code in zip(topics, codes):
             number = _number(code) or 0
             if number == NO_SHARING and topic.startswith("$share/"):
@@ -229,6 +232,7 @@ class Connection:
 
     async def unsubscribe(self, topics: Sequence[str]) -> None:
         await self._client.unsubscribe(list(topics))
+        _check_cancelled()
 
 
 def new_client(login: Login, will_topic: str) -> aiomqtt.Client:
@@ -288,6 +292,7 @@ async def stay_connected(
         error = aiomqtt.MqttError("nothing left to do")
         try:
             async with client:
+                _check_cancelled()
                 began = clock()
                 log.info("mqtt: connected to %s as %s, %s", login.address, login.client_id, _after(began - gone_since))
                 try:
@@ -296,10 +301,8 @@ async def stay_connected(
                     await _say_goodbye(client, will_topic)
         except* aiomqtt.MqttError as group:
             error = _first(group)
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            # What failed while we were leaving has taken the place of the cancellation.
-            raise asyncio.CancelledError
+        # What failed while we were leaving has taken the place of the cancellation.
+        _check_cancelled()
         if began is not None:
             gone_since = clock()
             if gone_since - began > STEADY_S:
@@ -312,6 +315,14 @@ async def stay_connected(
         # A fleet of daemons does not come back all at once.
         await asyncio.sleep((REFUSED_RETRY_S if needs_a_person else wait_s) * random.uniform(0.75, 1.0))
         wait_s = min(RETRY_S[1], wait_s * 2)
+
+
+def _check_cancelled() -> None:
+    """After each wait of aiomqtt: by asyncio.wait_for, which in Python 3.11 forgets that it was cancelled when what it
+    waits for comes at that moment."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def _say_goodbye(client: aiomqtt.Client, will_topic: str) -> None:
@@ -356,6 +367,8 @@ def _explain(error: aiomqtt.MqttError, login: Login) -> str:
     if code in (134, 135):
         who = f"user {login.settings.user!r}" if login.settings.user else "a client without a user"
         return f"refuses {who}; see mqtt.user, mqtt.password_file and mqtt.cert_file"
+    if code == LOST:
+        return "the connection was lost"
     if code == TAKEN_OVER:
         return f"another client came as {login.client_id}; give each daemon a mqtt.client_id of its own"
     if "CERTIFICATE_VERIFY_FAILED" in str(cause):

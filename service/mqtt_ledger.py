@@ -40,8 +40,8 @@ CREATE INDEX IF NOT EXISTS owed_by_job ON owed (job);
 class Debt:
     """Somebody who asked for a job and has not heard its end.
 
-    decided: the job was taken, or refused, in which case `answer` is all there is to tell; told: the asker knows that
-    the job was taken.
+    decided: the job was taken, or refused, in which case `answer` is all there is to tell; told: the asker knows as
+    much.
     """
 
     n: int
@@ -136,7 +136,7 @@ class Ledger:
             text = None if answer is None else json.dumps(answer)
             self._database.execute("BEGIN")
             try:
-                self._database.execute("UPDATE owed SET command = NULL, answer = ? WHERE n = ?", (text, n))
+                self._database.execute("UPDATE owed SET command = NULL, answer = ?, told = 0 WHERE n = ?", (text, n))
                 self._database.execute(
                     "DELETE FROM owed WHERE n <> :n AND command IS NULL AND answer IS NULL"
                     " AND (job, topic, correlation, result) ="
@@ -176,7 +176,7 @@ class Ledger:
         ]
 
     async def tell(self, n: int) -> None:
-        """The asker knows that the job was taken."""
+        """The asker knows that the sound may come, or after the decision, that the job was taken."""
         await self._query("UPDATE owed SET told = 1 WHERE n = ?", (n,))
 
     async def settle(self, n: int) -> None:

@@ -150,7 +150,7 @@ class Heard:
         line, _, self.chunk = self.payload.partition(b"\n")
         try:
             self.head: dict[str, Any] = dict(json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             self.head = {}
 
     def __repr__(self) -> str:
