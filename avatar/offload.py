@@ -5,8 +5,8 @@ work and the one that is arriving. A ring is read whole and written in one place
 device again, and only the block that was made goes back. All copies run beside the computation, in streams of their
 own; who computes waits for them on the device, never on the host.
 
-The networks do not know of it. `stream_weights` puts a list in the place of a network's list of layers that brings in
-what is asked for; `RingStream` is told by the passes which layer they are about to enter.
+The networks do not know of it. `stream_layers` puts a list in the place of a network's list of layers that brings in
+what is asked for; `stream_rings` is told by the passes which layer they are about to enter.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from avatar.cache import Conditioning, KVCache, Turn, empty_keys, empty_values
+from avatar.sampling import Enter
 
 ALIGNMENT = 256
 """Bytes; kernels load faster from multiples of it, and some load from nothing else."""
@@ -97,6 +98,21 @@ class HostLink:
 def link_to(device: torch.device) -> Link:
     """A new one, with its own order of copies."""
     return CudaLink(device) if device.type == "cuda" else HostLink()
+
+
+class Layered(Protocol):
+    """What a network offers to whoever places it; see `CausalDiT`."""
+
+    blocks: nn.ModuleList
+    enter: Enter | None
+    float8_cache: bool
+    hear: Any
+    hear_later: Any
+    new_cache: Any
+
+    def modules_of_layer(self, i: int) -> list[nn.Module]: ...
+
+    def condition(self, cache: KVCache, conditioning: Conditioning) -> None: ...
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,27 +216,22 @@ class StreamedLayers(nn.ModuleList):
         self._there[index] = (place, self._link.copy(copies, [self._link.mark()]))
 
 
-def stream_weights(
-    layers: nn.ModuleList,
-    together: Callable[[int], Sequence[nn.Module]],
-    resident: Collection[int],
-    device: torch.device,
-    link: Link | None = None,
-) -> StreamedLayers:
-    """The layers as a list that brings in those that are not resident; their weights leave the device, in place.
+def stream_layers(network: Layered, resident: Collection[int], device: torch.device, link: Link | None = None) -> None:
+    """Put the weights of the network's layers where they shall live, in place: resident ones on the device.
 
-    Args:
-        together: the modules whose weights come with layer i, itself included.
-        device: where they work.
+    Everything that is to be done to the weights (8 bits, joining) has been done, wherever they lie now.
     """
     link = link or link_to(device)
     slabs = {}
-    for i in range(len(layers)):
+    for i in range(len(network.blocks)):
+        slab = _Slab(network.modules_of_layer(i), link if i not in resident else HostLink())
+        # Let go of layer by layer: the device may have no room for all of them beside what is to come.
+        slab.point_to(slab.views(slab.memory.to(device) if i in resident else slab.memory))
         if i not in resident:
-            slabs[i] = _Slab(together(i), link)
-            # Let go of layer by layer: the device may have no room for all of them beside what is to come.
-            slabs[i].point_to(slabs[i].views(slabs[i].memory))
-    return StreamedLayers(layers, slabs, device, link)
+            slabs[i] = slab
+    if slabs:
+        network.blocks = StreamedLayers(network.blocks, slabs, device, link)
+        network.hear = network.hear_later
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,3 +368,26 @@ def _as_it_lies(x: Tensor) -> Tensor:
     """x [B, N, heads, dim] with its axes in the order in which they follow each other in memory."""
     order = sorted(range(4), key=lambda axis: -x.stride(axis))
     return x.permute(order)
+
+
+def stream_rings(
+    network: Layered,
+    resident: Collection[int],
+    blocks: int,
+    device: torch.device,
+    inward: Link | None = None,
+    outward: Link | None = None,
+) -> None:
+    """Let the rings of layers that are not resident live on the host; blocks: that a ring holds."""
+    away = [i for i in range(len(network.blocks)) if i not in resident]
+    if not away:
+        return
+    rings = RingStream(away, blocks, device, inward, outward)
+
+    def new_cache(conditioning: Conditioning, ring_frames: int) -> KVCache:
+        cache = rings.new_cache(conditioning, ring_frames, network.float8_cache)
+        network.condition(cache, conditioning)
+        return cache
+
+    network.new_cache = new_cache
+    network.enter = rings.enter

@@ -7,7 +7,7 @@ costs its own row its precision and no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -93,3 +93,20 @@ def quantize_linears(module: nn.Module, wanted: Callable[[str], bool] = lambda n
             setattr(module.get_submodule(parent), child, Float8Linear.of(layer))
             count += 1
     return count
+
+
+def join(layers: Sequence[nn.Module]) -> nn.Module:
+    """One layer whose outputs are those of all these, side by side. Their weights become views of its own."""
+    names = [name for name in ("weight", "bias", "scale") if getattr(layers[0], name, None) is not None]
+    whole = {name: torch.cat([getattr(layer, name).data for layer in layers]) for name in names}
+    for name, tensor in whole.items():
+        sizes = [len(getattr(layer, name)) for layer in layers]
+        for layer, part in zip(layers, tensor.split(sizes)):
+            getattr(layer, name).data = part
+    if "scale" in whole:
+        return Float8Linear(whole["weight"], whole["scale"], whole.get("bias"))
+    with torch.device("meta"):
+        joined = nn.Linear(*reversed(whole["weight"].shape))
+    joined.weight = nn.Parameter(whole["weight"], requires_grad=False)
+    joined.bias = nn.Parameter(whole["bias"], requires_grad=False)
+    return joined

@@ -342,6 +342,8 @@ class CausalDiT(nn.Module):
         self.head = Head(config)
         self.injector_of_block = {block: j for j, block in enumerate(config.audio_inject_layers)}
         self.float8_cache = False
+        self.joined: list[nn.Module] = []
+        """Matrices that share their weights with those of the blocks, one for each, where there are any."""
         self.enter: Enter | None = None
         """Told of each layer that a step is about to enter; for what has to be there by then (`avatar.offload`)."""
 
@@ -548,6 +550,14 @@ class CausalDiT(nn.Module):
                 j = self.injector_of_block[i]
                 x = self.add_audio(j, x, self.injection(audio, j), mask)
         return self.head(x, e, rows, columns)
+
+    def modules_of_layer(self, i: int) -> list[nn.Module]:
+        """All whose weights are needed while a step is in that layer, and at no other time."""
+        modules: list[nn.Module] = [self.blocks[i], *self.joined[i : i + 1]]
+        if i in self.injector_of_block:
+            j = self.injector_of_block[i]
+            modules += [self.audio_injector.injector[j], self.audio_injector.injector_adain_layers[j]]
+        return modules
 
     def turn(self, cache: KVCache, conditioning: Conditioning, start: int, tokens: int) -> Turn:
         """A pass before its first layer, its cache's reference in place."""

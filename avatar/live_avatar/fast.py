@@ -6,7 +6,7 @@ are in docs/performance.md.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from avatar.cache import Conditioning, KVCache
 from avatar.compile import compile_methods, replay, uncompiled
 from avatar.live_avatar.dit import CausalDiT
 from avatar.live_avatar.generator import LATENTS_PER_BLOCK, LiveAvatar
 from avatar.live_avatar.vae import WanVae, decode_onward
-from avatar.offload import Link, RingStream, stream_weights
 from avatar.quantize import quantize_linears
 
 
@@ -41,7 +39,9 @@ def fuse(dit: CausalDiT) -> None:
     """Few kernels instead of many: `avatar.live_avatar.fused`. After `use_float8`, if that is wanted."""
     from avatar.live_avatar.fused import FusedStep
 
-    dit.step_by_layer = FusedStep(dit)  # type: ignore[method-assign]
+    step = FusedStep(dit)
+    dit.step_by_layer = step  # type: ignore[method-assign]
+    dit.joined = step.qkv
 
 
 def compile_transformer(dit: CausalDiT) -> None:
@@ -103,46 +103,6 @@ def replay_audio(model: LiveAvatar) -> None:
     position.conv = GroupedProduct(position.conv)
     replay(model.speech.model, "forward")
     replay(model.dit, "hear")
-
-
-def stream_layers(dit: CausalDiT, resident: Collection[int], device: torch.device, link: Link | None = None) -> None:
-    """Blocks that are not resident live on the host, each with the injector behind it, and come for their turn.
-
-    After `use_float8` and `fuse`, if those are wanted.
-    """
-    joined = getattr(dit.step_by_layer, "qkv", None)
-
-    def together(i: int) -> list[nn.Module]:
-        modules = [dit.blocks[i]] if joined is None else [dit.blocks[i], joined[i]]
-        if i in dit.injector_of_block:
-            injectors = dit.audio_injector
-            j = dit.injector_of_block[i]
-            modules += [injectors.injector[j], injectors.injector_adain_layers[j]]
-        return modules
-
-    dit.blocks = stream_weights(dit.blocks, together, resident, device, link)
-    dit.hear = dit.hear_later  # type: ignore[method-assign]
-
-
-def stream_rings(
-    dit: CausalDiT,
-    resident: Collection[int],
-    ring_blocks: int,
-    device: torch.device,
-    inward: Link | None = None,
-    outward: Link | None = None,
-) -> None:
-    """Rings of layers that are not resident live on the host, and come for their turn."""
-    away = [i for i in range(len(dit.blocks)) if i not in resident]
-    rings = RingStream(away, ring_blocks, device, inward, outward)
-
-    def new_cache(conditioning: Conditioning, ring_frames: int) -> KVCache:
-        cache = rings.new_cache(conditioning, ring_frames, dit.float8_cache)
-        dit.condition(cache, conditioning)
-        return cache
-
-    dit.new_cache = new_cache  # type: ignore[method-assign]
-    dit.enter = rings.enter
 
 
 def quicken(model: LiveAvatar, *, float8: bool, float8_attention: bool) -> None:

@@ -7,8 +7,6 @@ ring. It is put in the plain step's place by `avatar.live_avatar.fast.fuse`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from avatar.cache import Conditioning, KVCache
 from avatar.kernels import Norm, Rounded, gelu, residual_norm, rotate, split_heads
 from avatar.live_avatar.audio_encoder import AudioTokens
 from avatar.live_avatar.dit import Attention, Block, CausalDiT, Injection, TextKV
-from avatar.quantize import Float8Linear
+from avatar.quantize import Float8Linear, join
 from avatar.sampling import Pass
 
 
@@ -151,20 +149,3 @@ class FusedStep:
 def product(layer: nn.Module, x: Tensor | Rounded) -> Tensor:
     """A linear layer of rows, 8-bit or not."""
     return layer.product(*x) if isinstance(x, Rounded) else F.linear(x, layer.weight, layer.bias)
-
-
-def join(layers: Sequence[nn.Module]) -> nn.Module:
-    """One layer whose outputs are those of all these, side by side. Their weights become views of its own."""
-    names = [name for name in ("weight", "bias", "scale") if getattr(layers[0], name, None) is not None]
-    whole = {name: torch.cat([getattr(layer, name).data for layer in layers]) for name in names}
-    for name, tensor in whole.items():
-        sizes = [len(getattr(layer, name)) for layer in layers]
-        for layer, part in zip(layers, tensor.split(sizes)):
-            getattr(layer, name).data = part
-    if "scale" in whole:
-        return Float8Linear(whole["weight"], whole["scale"], whole.get("bias"))
-    with torch.device("meta"):
-        joined = nn.Linear(*reversed(whole["weight"].shape))
-    joined.weight = nn.Parameter(whole["weight"], requires_grad=False)
-    joined.bias = nn.Parameter(whole["bias"], requires_grad=False)
-    return joined

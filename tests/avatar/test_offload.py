@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from avatar.cache import Conditioning
 from avatar.live_avatar.dit import CausalDiT, DiTConfig
-from avatar.live_avatar.fast import stream_layers, stream_rings, use_float8, use_float8_attention
-from avatar.offload import stream_weights
+from avatar.live_avatar.fast import use_float8, use_float8_attention
+from avatar.offload import stream_layers, stream_rings
+from avatar.quantize import join
 from avatar.sampling import Flight, advance, sigmas, step_modulations
 
 CPU = torch.device("cpu")
@@ -173,16 +174,19 @@ def test_only_what_is_streamed_lies_on_the_host_and_only_once():
         assert torch.equal(dit.state_dict()[name], tensor)
 
 
-def test_views_of_one_storage_stay_views_of_one():
-    whole = torch.randn(6, 4)
-    layer = nn.Module()
-    layer.whole, layer.upper = (nn.Parameter(part, requires_grad=False) for part in (whole, whole[3:]))
-    link = LateLink()
-    layers = stream_weights(nn.ModuleList([layer]), lambda i: [layer], (), CPU, link)
-    assert link.bytes == 256
-    assert torch.equal(layers[0].upper, whole[3:])
-    layers[0].whole[4] = 7
-    assert (layers[0].upper[1] == 7).all()
+@pytest.mark.parametrize("resident", [(), (1,)])
+def test_joined_matrices_and_their_parts_stay_one(resident):
+    dit, link = transformer(), LateLink()
+    dit.joined = [join([block.self_attn.q, block.self_attn.k, block.self_attn.v]) for block in dit.blocks]
+    streamed = [i for i in range(5) if i not in resident]
+    weights = sum(p.nbytes for i in streamed for part in dit.modules_of_layer(i) for p in part.parameters())
+    joined = sum(p.nbytes for i in streamed for p in dit.joined[i].parameters())
+    stream_layers(dit, resident, CPU, link)
+    assert link.bytes < 1.1 * (weights - joined)
+    for i in range(5):
+        attention = dit.blocks[i].self_attn
+        dit.joined[i].weight[64] = 7
+        assert (attention.k.weight[0] == 7).all()
 
 
 def test_after_a_pass_was_broken_off_the_next_one_is_right(expected):
