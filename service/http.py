@@ -23,7 +23,6 @@ from service.http_jobs import add_job_routes
 from service.http_server import serve
 from service.http_sessions import add_session_routes
 from service.lightx2v import add_lightx2v_routes, is_lightx2v, lightx2v_unacceptable
-from streaming.engine import EngineError
 
 PAGE_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -106,10 +105,6 @@ def _add_error_handlers(http: FastAPI) -> None:
     @http.exception_handler(AvatardError)
     async def on_refusal(request: Request, error: AvatardError) -> Response:
         return refused(error)
-
-    @http.exception_handler(EngineError)
-    async def on_engine_error(request: Request, error: EngineError) -> Response:
-        return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "5"})
 
     @http.exception_handler(RequestValidationError)
     async def on_unacceptable(request: Request, error: RequestValidationError) -> Response:

@@ -19,6 +19,8 @@ from audio.errors import AvatardError
 from service.auth import Principal, Scope
 from service.commands import Reason, Refusal
 from service.hub import News
+from service.store import StoreError
+from streaming.engine import EngineError
 
 STATUS: Mapping[Reason, int] = {
     "invalid": 422,
@@ -95,7 +97,9 @@ def needs(scope: Scope) -> params.Depends:
 
 def refused(error: AvatardError) -> Response:
     """One line, the status that says what kind of no it is, and when to come back."""
-    reason: Reason = error.reason if isinstance(error, Refusal) else "invalid"
+    reason: Reason = "unavailable" if isinstance(error, EngineError | StoreError) else "invalid"
+    if isinstance(error, Refusal):
+        reason = error.reason
     headers = {}
     if (retry_s := getattr(error, "retry_s", None) or RETRY_S.get(reason)) is not None:
         headers["Retry-After"] = str(max(1, round(retry_s)))
