@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,35 @@ def test_an_output_given_on_the_page_reaches_the_server_until_it_is_taken_away(t
         expect(lanes.locator("li")).to_have_count(0)
         until(lambda: [event for event in server.events if event.event == "publish_done"], 20)
         assert "k3y-of-mine" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.needs("espeak-ng")
+def test_with_a_token_a_text_becomes_a_clip_and_is_said_live(tmp_path: Path) -> None:
+    """About fifteen seconds. The token reaches the video, the events and the sockets."""
+    token = tmp_path / "token"
+    token.write_text("0123456789-s3cr3t-abcdef")
+    token.chmod(0o600)
+    tokens = {"auth.tokens": f"[{{name: me, scopes: [read, jobs, live], file: {token}}}]"}
+    with daemon(tmp_path, TOY, **tokens) as address, chromium() as browser, visit(browser, address) as seen:
+        seen.forgiven.append("401")
+        page = seen.page
+        page.get_by_text("Text", exact=True).first.click()
+        page.locator("#clip-text").fill("Good morning.")
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_role("dialog").get_by_label("Token").fill(token.read_text())
+        page.get_by_role("button", name="Continue").click()
+        expect(page.locator("#clip-done")).to_be_visible(timeout=30_000)
+        page.locator("#clip-video").evaluate("(video) => video.play()")
+        page.wait_for_function("() => document.getElementById('clip-video').currentTime > 0.3")
+        go_live(page)
+        page.get_by_label("Text to say").fill("Good morning. " * 20)
+        page.get_by_role("button", name="Say").click()
+        expect(page.locator("#live-badge")).to_have_text("Speaking")
+        page.keyboard.press("Escape")
+        expect(page.locator("#live-note")).to_have_text(re.compile(r"Interrupted; \d+\.\d s left out\."))
+        expect(page.locator("#live-badge")).to_have_text("On air")
+        assert "s3cr3t" not in (tmp_path / "log").read_text()
 
 
 # The embedded model: does the mouth move when there is speech?
