@@ -118,7 +118,7 @@ class JobsSection(_Section):
     on_hangup = True
 
     queue: int = Field(10_000, ge=1, description="jobs that may wait; more are refused")
-    attempts: int = Field(3, ge=1, le=100, description="times a job is begun whose run ended by no fault of its own")
+    attempts: int = Field(3, ge=1, le=100, description="times a job may be cut off in a row without getting further")
     segment_s: float = Field(12.0, ge=1, le=600, description="seconds of video between two points to resume from")
     keep_days: float = Field(7.0, gt=0, description="until a finished job and its file are deleted")
     keep_gb: float = Field(50.0, gt=0, description="of results in thousands of megabytes; the oldest go first")
@@ -186,7 +186,9 @@ class MqttSection(_Section):
     ca_file: Path | None = Field(None, description="certificates to trust; null: the system's")
     cert_file: Path | None = Field(None, description="client certificate")
     key_file: Path | None = Field(None, description="its key")
-    keepalive_s: int = Field(15, ge=2, le=3600, description="seconds; a dead daemon is known after 1.5 times that")
+    keepalive_s: int = Field(
+        5, ge=2, le=3600, description="seconds; a dead daemon is known after 1.5 times that, a silent broker after twice"
+    )
     session_expiry_s: int = Field(
         86_400, ge=0, le=2**32 - 1, description="seconds for which the broker keeps messages for a daemon that is away"
     )
