@@ -32,8 +32,8 @@ from service.secrets import read_secret
 
 ANSWER_S = 5.0
 """Seconds a broker has for each answer; then it counts as gone."""
-LEAVE_S = 1.5
-"""The same when the daemon goes."""
+LEAVE_S = 1.0
+"""The same when the daemon goes: once for a goodbye, and once for the end of the connection."""
 RETRY_S = (0.5, 30.0)
 """Seconds between two attempts to connect: the first, and the most."""
 REFUSED_RETRY_S = 60.0
@@ -307,7 +307,7 @@ async def stay_connected(
             gone_since = clock()
             if gone_since - began > STEADY_S:
                 wait_s, told = RETRY_S[0], ""
-        said = _explain(error, login)
+        said = _explain(error, login, soon=began is not None and gone_since - began <= STEADY_S)
         if said != told:
             log.warning("mqtt: %s: %s; trying again for as long as it takes", login.address, said)
             told = said
@@ -360,15 +360,17 @@ def _number(code: Any) -> int | None:
     return getattr(code, "value", code)
 
 
-def _explain(error: aiomqtt.MqttError, login: Login) -> str:
-    """In one line, with what a person could do."""
+def _explain(error: aiomqtt.MqttError, login: Login, soon: bool) -> str:
+    """In one line, with what a person could do. soon: it had hardly begun."""
     cause = error.__cause__ if isinstance(error.__cause__, aiomqtt.MqttError) else error
     code = _code(cause)
     if code in (134, 135):
         who = f"user {login.settings.user!r}" if login.settings.user else "a client without a user"
         return f"refuses {who}; see mqtt.user, mqtt.password_file and mqtt.cert_file"
     if code == LOST:
-        return "the connection was lost"
+        # Not every broker says that it was this.
+        why = f"; when this goes on, another client may come as {login.client_id}, too (mqtt.client_id)" if soon else ""
+        return f"the connection was lost{why}"
     if code == TAKEN_OVER:
         return f"another client came as {login.client_id}; give each daemon a mqtt.client_id of its own"
     if "CERTIFICATE_VERIFY_FAILED" in str(cause):

@@ -934,7 +934,7 @@ async def test_two_daemons_share_the_jobs_and_one_of_them_says_that_somebody_is_
 
 async def test_two_daemons_of_one_name_are_told_so(tmp_path, broker, caplog):
     async with Daemon(tmp_path / "a", broker), Daemon(tmp_path / "b", broker):
-        await until_async(lambda: any("another client came as daemon" in text for text in caplog.messages))
+        await until_async(lambda: any("another client may come as daemon" in text for text in caplog.messages))
 
 
 # MQTT 3.1.1
@@ -990,18 +990,18 @@ fields = st.sampled_from(
 questions = st.dictionaries(fields | st.text(), json_values, max_size=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(questions)
 def test_any_question_is_read_or_refused(question):
     topics = Topics("avatar")
-    body = read_object(json.dumps(question).encode())
     with contextlib.suppress(Refusal):
+        body = read_object(json.dumps(question).encode())
         asker = read_asker(None, body, topics)
         submission = read_submission(body, asker, topics, "url")
         assert encode(asker.address({"id": submission.id}))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_payload_is_read_or_refused(payload):
     with contextlib.suppress(Refusal):
