@@ -195,6 +195,8 @@ def _run_live(
     if show.interactive:
         kept = f"; {', '.join(result.outputs)}" if result.outputs else ""
         print(f"off air after {result.seconds:.1f} s, {result.held} frames held{kept}", file=sys.stderr)
+    elif not show.as_json and not show.quiet and not result.frames:
+        _complain("stopped before the first frame; nothing was sent")
 
 
 @app.command("serve")
