@@ -127,7 +127,7 @@ class Speaking:
 
         Raises: Refusal: the session is over. Whatever `work` raises.
         """
-        self._check_open()
+        self.check_open()
         self.used_at = self._clock()
         task = asyncio.create_task(self._with_turn(work), name=f"sound for {self._name}")
         self._bringing.add(task)
@@ -137,7 +137,7 @@ class Speaking:
             self._bringing.discard(task)
             task.cancel()
         if task.cancelled():
-            self._check_open()
+            self.check_open()
             return False
         try:
             task.result()
@@ -189,7 +189,8 @@ class Speaking:
                 await self.bring(resampler.flush()[:, 0])
             self.source.end_utterance()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises: Refusal: the session is over."""
         if self._over:
             raise self._is_over()
 
@@ -217,6 +218,7 @@ class Feed:
 
         Interrupted meanwhile, the rest is forgotten. Raises: Refusal: not Opus, or the session is over.
         """
+        self._speaking.check_open()
         self._wake()
         going_on = True
         piece = self._piece or max(1, len(data))
