@@ -120,6 +120,7 @@ class Jobs:
     def use(self, settings: Settings) -> None:
         """Go on with these, as far as they can change while a daemon runs."""
         self._settings = settings
+        self._turns.beside_live = settings.sessions.jobs_beside_live
 
     # What can be asked
 
