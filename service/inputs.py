@@ -241,7 +241,7 @@ class Inputs:
                         await self._kept(shown, incoming.write, bytes(gathered))
                         gathered.clear()
             limit.reschedule(None)
-            async with asyncio.timeout(CHECK_S):
+            async with _looking(shown):
                 if gathered:
                     await self._kept(shown, incoming.write, bytes(gathered))
                 if not incoming.bytes:
@@ -249,10 +249,6 @@ class Inputs:
                 await self._kept(shown, incoming.finish)
                 await self._check(incoming.path, incoming.name, kind, shown)
                 return await self._kept(shown, incoming.place)
-        except TimeoutError:
-            if limit.expired():
-                raise
-            raise _busy(shown) from None
         finally:
             # Not waited for: a write that was cut off may still hold it.
             self._threads.submit(incoming.discard)
@@ -271,11 +267,8 @@ class Inputs:
         path = await self._in_thread(self._spool.find, name)
         if path is None:
             raise Refusal("invalid", f"{shown}: there is no such upload, or no more; send the file again")
-        try:
-            async with asyncio.timeout(CHECK_S):
-                await self._check(path, name, kind, shown)
-        except TimeoutError:
-            raise _busy(shown) from None
+        async with _looking(shown):
+            await self._check(path, name, kind, shown)
         return path
 
     async def _check(self, path: Path, name: str, kind: Kind, shown: str) -> None:
@@ -523,6 +516,17 @@ async def _in_time(stream: AsyncIterator[bytes], limit: asyncio.Timeout) -> Asyn
         yield part
 
 
+@contextlib.asynccontextmanager
+async def _looking(shown: str) -> AsyncIterator[None]:
+    """What is looked into inside takes no longer than CHECK_S, or is refused."""
+    try:
+        async with asyncio.timeout(CHECK_S):
+            yield
+    except TimeoutError:
+        what = f"{shown}: could not be looked into in {CHECK_S:g} s"
+        raise Refusal("full", f"{what}; try again later", FULL_RETRY_S) from None
+
+
 def _address(url: str, shown: str) -> httpx.URL:
     """Raises: Refusal: not http, not https, or no address at all."""
     try:
@@ -567,10 +571,6 @@ def _allowed(targets: Collection[str]) -> str:
 
 def _outside(shown: str) -> Refusal:
     return Refusal("forbidden", f"{shown}: lies outside of the folders that are allowed")
-
-
-def _busy(shown: str) -> Refusal:
-    return Refusal("full", f"{shown}: could not be looked into in {CHECK_S:g} s; try again later", FULL_RETRY_S)
 
 
 def _too_large(shown: str, most: int) -> Refusal:
