@@ -163,7 +163,7 @@ class HttpSection(_Section):
     page: bool = Field(True, description="whether / shows the page")
     public_url: str = Field("", description="how others reach it, for addresses of results; empty: http://host:port")
     max_body_mb: float = Field(200.0, gt=0, description="of one upload, in millions of bytes")
-    max_json_mb: float = Field(32.0, gt=0, description="of any other request, in millions of bytes")
+    max_json_mb: float = Field(16.0, gt=0, description="of any other request, in millions of bytes")
     connections: int = Field(200, ge=1, description="at once; more are refused")
     tls_cert: Path | None = Field(None, description="file with the certificate chain; null: no TLS")
     tls_key: Path | None = Field(None, description="file with its key")
