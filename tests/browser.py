@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 from conftest import find_program
@@ -69,14 +69,24 @@ class Visit:
     def complaints(self) -> list[str]:
         return [error for error in self.errors if not any(part in error for part in self.forgiven)]
 
+    def leave(self) -> None:
+        """Go away from the page, and forget all of it."""
+        self.page.goto(urljoin(self.address, "page/icon.svg"))
+        self.page.evaluate("localStorage.clear(); sessionStorage.clear()")
+        for noted in (self.errors, self.requests, self.forgiven):
+            noted.clear()
+
+    def check(self) -> None:
+        """The page has asked nobody but its server, and neither its scripts nor its policy have complained."""
+        assert not self.strangers, self.strangers
+        assert not self.complaints(), self.complaints()
+
 
 @contextlib.contextmanager
 def visit(browser: Browser, address: str, *, script: str = "", **options: Any) -> Iterator[Visit]:
     """A person with a browser of their own at a page; options as for `Browser.new_context`.
 
-    script: runs before those of the page; see HEAR.
-
-    At the end: the page has asked nobody but its server, and neither its scripts nor its policy have complained.
+    script: runs before those of the page; see HEAR. At the end the visit is checked.
     """
     options = {"permissions": ["microphone"], "locale": "en-GB", **options}
     context = browser.new_context(**options)
@@ -93,8 +103,7 @@ def visit(browser: Browser, address: str, *, script: str = "", **options: Any) -
     finally:
         with contextlib.suppress(Error):
             context.close()
-    assert seen.strangers == []
-    assert seen.complaints() == []
+    seen.check()
 
 
 PIXELS = """(video) => {

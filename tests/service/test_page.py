@@ -118,6 +118,9 @@ class StandIn:
     url: str = ""
     loop: asyncio.AbstractEventLoop | None = None
 
+    def start_over(self) -> None:
+        self.__dict__.update(StandIn(self.film, url=self.url, loop=self.loop).__dict__)
+
     def calls(self, what: str) -> list[Any]:
         return [body for called, body in self.asked if called == what]
 
@@ -348,15 +351,24 @@ def stand_in(filmed: Film) -> Iterator[StandIn]:
 @pytest.fixture
 def daemon(stand_in: StandIn) -> StandIn:
     """As if it had just been started."""
-    fresh = StandIn(stand_in.film, url=stand_in.url, loop=stand_in.loop)
-    stand_in.__dict__.update(fresh.__dict__)
+    stand_in.start_over()
     return stand_in
 
 
-@pytest.fixture
-def seen(browser: Browser, daemon: StandIn) -> Iterator[Visit]:
-    with visit(browser, daemon.url) as visited:
+@pytest.fixture(scope="module")
+def tab(browser: Browser, stand_in: StandIn) -> Iterator[Visit]:
+    with visit(browser, stand_in.url) as visited:
         yield visited
+
+
+@pytest.fixture
+def seen(tab: Visit, daemon: StandIn) -> Iterator[Visit]:
+    """The page, seen for the first time."""
+    tab.leave()
+    daemon.start_over()
+    tab.page.goto(daemon.url)
+    yield tab
+    tab.check()
 
 
 # What the files say
