@@ -207,8 +207,7 @@ class _Mqtt:
         mqtt = app.settings.mqtt
         self._topics = Topics(mqtt.prefix, mqtt.group)
         self._most_bytes = round(mqtt.max_payload_mb * 1e6)
-        # Without an HTTP server nobody could follow an address.
-        self._result = "path" if mqtt.result == "url" and not app.settings.http.enabled else mqtt.result
+        self._result = "path" if mqtt.result == "url" and not self._has_address else mqtt.result
         self._began = clock()
         self._due = _Due()
         self._tasks = asyncio.TaskGroup()
@@ -227,6 +226,12 @@ class _Mqtt:
         self._ends: OrderedDict[str, Body] = OrderedDict()
         self._told_sessions: set[str] = set()
         self._followed: set[str] = set()
+
+    @property
+    def _has_address(self) -> bool:
+        """Whether the address of a result could be told, and followed."""
+        http = self._app.settings.http
+        return http.enabled and bool(http.public_url or http.port)
 
     async def run(self) -> None:
         # Listened to before the ledger is read: what happens from here on is not missed.
@@ -404,8 +409,8 @@ class _Mqtt:
     async def _submit(self, connection: Connection, body: Body, asker: Asker) -> None:
         """Returns when the ledger has it. Raises: Refusal, sqlite3.Error, BrokerGone."""
         submission = await _in_thread_if_large(body, lambda: read_submission(body, asker, self._topics, self._result))
-        if submission.result == "url" and not self._app.settings.http.enabled:
-            raise Refusal("invalid", "result: this daemon has no HTTP server; ask for path or payload")
+        if submission.result == "url" and not self._has_address:
+            raise Refusal("invalid", "result: this daemon has no address for HTTP; ask for path or payload")
         if len(self._deciding) >= UNDECIDED:
             raise Refusal("full", f"{UNDECIDED} jobs wait for their picture and sound; send it again later", 5.0)
         id = submission.id

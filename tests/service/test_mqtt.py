@@ -23,7 +23,9 @@ from aiomqtt import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mosquitto import Caller, Mosquitto
+from mp4 import clicks_at, read_mp4, write_sound
 from procs import LoopWatch
+from serve import Serve
 from waiting import until_async
 
 from service import mqtt_broker
@@ -975,6 +977,43 @@ async def test_a_session_of_3_1_1_keeps_what_comes_while_the_daemon_is_away(tmp_
         await bot.say("avatar/jobs/submit", {"id": "one", "text": "hello"}, b"bot/answers".decode())
         async with Daemon(tmp_path / "d", broker, "mqtt.version=3.1.1") as daemon:
             await until_async(lambda: list(daemon.jobs.jobs) == ["one"])
+
+
+# The daemon as it is run
+
+
+@pytest.mark.needs("mosquitto")
+async def test_a_clip_and_a_conversation_with_the_real_daemon(tmp_path, broker):
+    sound = write_sound(tmp_path / "speech.wav", clicks_at([0.5], 1.0), 16_000).read_bytes()
+    with Serve(tmp_path / "d", "mqtt.enabled=true", f"mqtt.port={broker.port}", "encoder.preset=ultrafast") as serve:
+        async with Caller(broker, "bot/#", "avatar/#") as bot:
+            await bot.hears("avatar/available", limit_s=30)
+            question = {"id": "one", "audio": {"topic": "avatar/jobs/one/audio"}, "result": "payload"}
+            await bot.say("avatar/jobs/submit", question, "bot/answers", b"q")
+            await bot.hears_state("bot/answers", "receiving")
+            for start in range(0, len(sound), 10_000):
+                await bot.say("avatar/jobs/one/audio", sound[start : start + 10_000])
+            await bot.say("avatar/jobs/one/audio", b"")
+            told = await bot.hears_state("bot/answers", "completed", 40)
+            result = told.head["result"]
+            await bot.hears("bot/answers", lambda heard: heard.head.get("index") == result["chunks"] - 1)
+            film = b"".join(heard.chunk for heard in bot.on("bot/answers"))
+            assert hashlib.sha256(film).hexdigest() == result["sha256"]
+            (tmp_path / "film.mp4").write_bytes(film)
+            assert read_mp4(tmp_path / "film.mp4").frames == result["frames"] == 25
+
+            await bot.say("avatar/sessions/open", {"id": "live", "audio": "s16le:16000:1"}, "bot/live")
+            await bot.hears_state("bot/live", "open", 20)
+            for _ in range(10):
+                await bot.say("avatar/sessions/live/audio", bytes(3200), qos=0)
+            await bot.hears("avatar/sessions/live/state", lambda heard: heard.head.get("frames", 0) > 0, 20)
+            await bot.say("avatar/sessions/live/interrupt", b"", "bot/interrupt")
+            await bot.hears("bot/interrupt")
+            await bot.say("avatar/sessions/live/close", b"", "bot/close")
+            await bot.hears_state("bot/close", "closed", 20)
+            # Killed, it says nothing; the broker does.
+            await asyncio.to_thread(serve.kill)
+            await bot.hears("avatar/available", lambda heard: heard.payload == b"offline", 10)
 
 
 # Whatever comes
