@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import os
 import secrets
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import AsyncFileLock, Timeout
 
 from audio.errors import AvatardError
 from service.batch import Halted, Workers, attempt
@@ -25,8 +28,16 @@ if TYPE_CHECKING:
 DEATHS = 3
 """So often may an actor, or its whole machine, be lost over one item."""
 
+LOST_S = 60.0
+"""Seconds that an actor which was lost gets to end."""
+
 LOOK_S = 0.5
 """From one look at how far an actor is to the next."""
+
+ANSWER_S = 5.0
+"""Seconds that a cluster gets to answer."""
+
+NO_CLUSTER, START_ONE = "no cluster answers there", "start one with: ray start --head"
 
 PATHS = ("image", "audio", "target", "folder")
 
@@ -97,11 +108,15 @@ class Actor:
         whole = RenderRequest(**{**request, **{name: Path(request[name]) for name in PATHS}})
         self._progress = None
         try:
-            return await attempt(whole, await self._loaded(), self._settings, self._advanced, self._stop)
+            # An actor that was lost, perhaps with its network only, may be at work on it still.
+            async with AsyncFileLock(f"{whole.folder}.lock", timeout=LOST_S):
+                return await attempt(whole, await self._loaded(), self._settings, self._advanced, self._stop)
         except Stopped:
             return {"state": "stopped"}
         except Halted as error:
             return {"state": "halted", "error": str(error)}
+        except Timeout:
+            return {"state": "failed", "error": f"{whole.target}: is being made by a process that was given up"}
 
     async def progress(self) -> tuple[int, int | None] | None:
         return self._progress
@@ -214,10 +229,22 @@ async def _awaited(reference: Any) -> Any:
     return await reference
 
 
+def _check_answers(address: str) -> None:
+    """Ray itself would look for minutes for what is not there. Raises: BatchError."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if separator and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+        except (OSError, OverflowError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).lower()
+            raise BatchError(f"--ray {address}: {NO_CLUSTER} ({reason}); {START_ONE}") from error
+
+
 def _connect(address: str) -> None:
     """Blocking. Raises: BatchError."""
     import ray
 
+    _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     root = str(Path(__file__).resolve().parent.parent)
@@ -230,6 +257,4 @@ def _connect(address: str) -> None:
             ray.init(address, **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise BatchError(
-            f"--ray {address}: no cluster answers there ({reason}); start one with: ray start --head"
-        ) from error
+        raise BatchError(f"--ray {address}: {NO_CLUSTER} ({reason}); {START_ONE}") from error

@@ -512,6 +512,7 @@ class _Work:
     async def _hear(self) -> None:
         """Encode as much sound as there are frames; after a kill from its beginning, since AAC cannot be resumed."""
         heard = 0
+        await self._more.wait()  # what there is to catch up with shall not keep the model from its first block
         while heard < self._frames or not self._all_made:
             if heard == self._frames:
                 self._more.clear()
