@@ -10,6 +10,7 @@ import json
 import logging
 import sqlite3
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from mosquitto import Caller, Mosquitto
 from mp4 import clicks_at, read_mp4, write_sound
 from procs import LoopWatch
-from serve import Serve
+from serve import ROOT, Serve
 from waiting import until_async
 
 from service import mqtt_broker
@@ -977,6 +978,19 @@ async def test_a_session_of_3_1_1_keeps_what_comes_while_the_daemon_is_away(tmp_
         await bot.say("avatar/jobs/submit", {"id": "one", "text": "hello"}, b"bot/answers".decode())
         async with Daemon(tmp_path / "d", broker, "mqtt.version=3.1.1") as daemon:
             await until_async(lambda: list(daemon.jobs.jobs) == ["one"])
+
+
+async def test_the_bot_of_the_examples_prints_where_its_clip_is(tmp_path, broker):
+    async with Daemon(tmp_path / "d", broker) as daemon:
+        command = [sys.executable, "-m", "examples.mqtt_bot", "Good morning", "--port", str(broker.port)]
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
+        await until_async(lambda: list(daemon.jobs.jobs), 20)
+        (job,) = daemon.jobs.jobs.values()
+        assert job.request["text"] == "Good morning"
+        daemon.jobs.becomes(job.id, "completed", b"film")
+        assert process.stdout is not None
+        assert (await process.stdout.read()).decode() == f"https://avatars.example/v1/jobs/{job.id}/result\n"
+        assert await process.wait() == 0
 
 
 # The daemon as it is run
