@@ -10,6 +10,7 @@ import asyncio
 import base64
 import binascii
 import ipaddress
+import logging
 import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -17,11 +18,15 @@ from urllib.parse import urlsplit
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
 
 from service.app import App
 from service.commands import Refusal
 from service.http_answers import refused
+
+log = logging.getLogger(__name__)
 
 OPEN = ("/", "/livez", "/readyz", "/health", "/openapi.json")
 """What needs no token: whether it lives, what there is to call, and the page, which asks for the token itself."""
@@ -41,6 +46,9 @@ BODY_BYTES_PER_S = 2_000
 
 SUBPROTOCOL = "avatard"
 BEARER_SUBPROTOCOL = "bearer."
+
+CLIENT_LEFT = 499
+"""The status, in metrics alone, of what nobody waited for; nginx calls it so."""
 
 NOTHING_RUNS = "default-src 'none'; frame-ancestors 'none'"
 
@@ -69,13 +77,16 @@ class Door:
                 await _turned_away(error)(scope, receive, visit.send)
             else:
                 await self._inner(scope, visit.receive, visit.send)
-        except BaseException:
+        except (ClientDisconnect, WebSocketDisconnect):
+            visit.status = visit.status or CLIENT_LEFT
+        except Exception:
             visit.status = visit.status or 500
+            log.exception("%s: failed by a bug", _route(scope))
             raise
         finally:
             self._held -= visit.held
-            route = getattr(scope.get("route"), "path", "other")
-            self._app.metrics.request(route, scope.get("method", "WEBSOCKET"), visit.status, self._clock() - began)
+            method = scope.get("method", "WEBSOCKET")
+            self._app.metrics.request(_route(scope), method, visit.status or CLIENT_LEFT, self._clock() - began)
 
     def _admit(self, scope: Scope) -> None:
         """Raises: Refusal."""
@@ -112,6 +123,11 @@ class Door:
             caller = urlsplit(origin.lower()).netloc if origin != "null" else ""
             if _without_port(caller, origin) not in {_without_port(name, origin) for name in (host, *self._own_names)}:
                 raise Refusal("forbidden", "a page of another site may not do this; see http.public_url")
+
+
+def _route(scope: Scope) -> str:
+    """The address as it was described, not as it was called."""
+    return str(getattr(scope.get("route"), "path", "other"))
 
 
 class _Visit:

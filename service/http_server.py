@@ -106,8 +106,9 @@ def _server(app: App, http: ASGIApp) -> _Server:
         ws=_WebSocketProtocol,
         lifespan="off",
         log_config=None,
-        # What is worth an operator's line, the daemon says itself; addresses of requests are nobody's business.
-        log_level="warning",
+        # What is worth an operator's line the door logs. uvicorn would write down addresses, what any passer-by sends
+        # that is no HTTP, and each client that has to be left at the end.
+        log_level="critical",
         access_log=False,
         proxy_headers=False,
         server_header=False,
@@ -244,12 +245,6 @@ class _WebSocketProtocol(WebSocketsSansIOProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._stall = _Stall(self.loop, transport)
-
-    async def send(self, message: Any) -> None:
-        await super().send(message)
-        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
-            # A refusal completes the handshake too; uvicorn takes it for a bug, and logs an error for each.
-            self.handshake_complete = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stall.end()

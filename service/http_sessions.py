@@ -492,6 +492,8 @@ class _Speaker:
 
     async def _report(self, news: AsyncIterator[News]) -> None:
         async for item in news:
+            if item.missed:
+                self._own_interruptions = 0
             if item.kind != "session" or item.id != self._session.id:
                 continue
             if item.what == "interrupted":

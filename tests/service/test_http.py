@@ -228,7 +228,7 @@ async def test_an_unknown_address_and_an_unknown_method_are_told_as_json(client)
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
 
 
-async def test_a_bug_is_told_without_its_insides_and_rises(app, monkeypatch):
+async def test_a_bug_is_told_without_its_insides_and_rises(app, monkeypatch, caplog):
     async def broken(id):
         raise ZeroDivisionError("insides")
 
@@ -240,6 +240,9 @@ async def test_a_bug_is_told_without_its_insides_and_rises(app, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             await client.get("/v1/jobs/one")
     assert app.metrics.requests == [("/v1/jobs/{id}", "GET", 500)] * 2
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == [
+        "/v1/jobs/{id}: failed by a bug"
+    ] * 2
 
 
 # Uploads

@@ -146,6 +146,18 @@ async def test_a_body_that_does_not_come_is_given_up(tmp_path, monkeypatch):
         assert b"the body came too slowly" in answer
 
 
+async def test_who_leaves_in_the_middle_is_no_error(tmp_path, caplog):
+    app = make_app(tmp_path)
+    for path in (b"/v1/uploads?kind=audio", b"/v1/jobs", b"/v1/tasks/video/form"):
+        head = b"POST " + path + JSON_HEAD[13:] % 1000
+        async with served(app) as place, raw(place, head + b'{"te') as (_, writer):
+            await asyncio.sleep(0.05)
+            writer.transport.abort()
+            await until_async(lambda: app.metrics.requests)
+            assert app.metrics.requests.pop()[2] in (400, 422, 499)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 async def test_a_body_that_is_too_large_is_refused_at_its_announcement(tmp_path):
     head = b"POST /v1/uploads?kind=audio HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99000000000\r\n\r\n"
     async with served(make_app(tmp_path)) as place, raw(place, head) as (reader, _):
