@@ -5,25 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import os
 import shutil
 import time
 import uuid
-import wave
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from audio.errors import AvatardError
 from service.bench import example
 from service.commands import Refusal, SubmitJob
-from service.render import FULL, DiskFull, RenderRequest, RenderResult, Stopped, discard, render, write_whole
+from service.render import FULL, DiskFull, RenderRequest, RenderResult, Stopped, discard, render
 from service.run import or_stop
 from service.store import Job, JobStore, StoreFull
 from service.turns import Priority, Turns
@@ -56,8 +52,8 @@ KEEP_EVERY_S = 600.0
 VOICE_TRIES = 3
 VOICE_WAIT_S = 2.0
 """After the first time that a voice failed; twice that after the second."""
-LONGEST_SPEECH_S = 1200.0
-"""What a voice may make of one text."""
+
+NO_VOICE = "text: none can be spoken here; send audio, install espeak-ng or set voice.url"
 
 Free = Callable[[Path], int]
 
@@ -345,46 +341,25 @@ class Jobs:
     async def _speak(self, job: Job, target: Path) -> None:
         """Have the job's text spoken into a file, once: a voice may read it otherwise the next time.
 
-        Raises: AvatardError: the voice fails again and again; DiskFull.
+        Raises: Refusal: the voice cannot, or fails again and again; DiskFull.
         """
         if await asyncio.to_thread(target.exists):
             return
+        if self._voice is None:
+            raise Refusal("unavailable", NO_VOICE)
         for left in reversed(range(VOICE_TRIES)):
             try:
-                spoken = await self._spoken(job)
-                break
-            except AvatardError as error:
-                if not left:
+                await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
+                return await self._voice.write(job.request["text"], job.request["voice"], target)
+            except Refusal as error:
+                if error.reason != "unavailable" or not left:
                     raise
                 log.warning("job %s: %s; tried again", job.id, error)
                 await asyncio.sleep(VOICE_WAIT_S * (VOICE_TRIES - left))
-        try:
-            await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
-            await asyncio.to_thread(write_whole, target, spoken)
-        except OSError as error:
-            if error.errno in FULL:
-                raise DiskFull(f"{target}: there is no room for it") from error
-            raise AvatardError(f"{target}: cannot be written ({error.strerror})") from error
-
-    async def _spoken(self, job: Job) -> bytes:
-        """A text as a WAV, mono, 16 bit."""
-        if self._voice is None:
-            raise Refusal("unavailable", "no text can be spoken here; install espeak-ng, or set voice.url")
-        pieces: list[bytes] = []
-        rate, samples = 0, 0
-        async with contextlib.aclosing(self._voice.speak(job.request["text"], job.request["voice"])) as chunks:
-            async for chunk in chunks:
-                rate, samples = chunk.sample_rate, samples + chunk.samples.size
-                pieces.append((np.clip(chunk.samples, -1, 1) * 32767).astype("<i2").tobytes())
-                if samples > LONGEST_SPEECH_S * rate:
-                    raise AvatardError(f"text: is over {LONGEST_SPEECH_S / 60:g} minutes when spoken; shorten it")
-        if not samples:
-            raise AvatardError("text: nothing of it can be spoken")
-        file = io.BytesIO()
-        with wave.open(file, "wb") as out:
-            out.setparams((1, 2, rate, 0, "NONE", ""))
-            out.writeframes(b"".join(pieces))
-        return file.getvalue()
+            except OSError as error:
+                if error.errno in FULL:
+                    raise DiskFull(f"{target}: there is no room for it") from error
+                raise
 
     @contextlib.asynccontextmanager
     async def _reporting(self, run: _Run) -> AsyncIterator[None]:
@@ -495,9 +470,7 @@ class Jobs:
         if command.text is None:
             return
         if self._voice is None:
-            raise Refusal(
-                "unavailable", "text: none can be spoken here; send audio, install espeak-ng or set voice.url"
-            )
+            raise Refusal("unavailable", NO_VOICE)
         if len(command.text) > most:
             raise Refusal(
                 "too large", f"text: has {len(command.text)} characters, and {most} are the limit; shorten it"
