@@ -65,7 +65,8 @@ FULL_RETRY_S = 60.0
 UNREAL = ("/proc", "/sys")
 """Folders whose files are no files, although they say so; no root makes them any."""
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What no line of text should hold; halves of characters among it, which cannot even be sent."""
 VIDEO_TYPES = (".mp4", ".m4v", ".mov")
 NETWORK_PORTS = {"rtmp": 1935, "rtmps": 443, "srt": 0}
 
@@ -173,7 +174,7 @@ class Inputs:
         scheme, separator, rest = target.partition("://")
         if not separator or scheme == "file":
             return self._file_target(rest if separator else target)
-        shown = redacted(target)
+        shown = _printable(redacted(target))
         if scheme not in sessions.targets or scheme not in (*NETWORK_PORTS, "null"):
             what = f"{_printable(scheme, 20)}://"
             raise Refusal("forbidden", f"{what}: no output of this kind is allowed; {_allowed(sessions.targets)}")
@@ -375,8 +376,9 @@ class Inputs:
                 f"{_allowed(self._settings.sessions.targets)}"
             )  # fmt: skip
         path = self._below_outputs(name)
-        if kind == "file" and path.suffix.lower() not in VIDEO_TYPES:
-            raise Refusal("invalid", f"{_printable(target)}: end it in .mp4, or .m3u8 for HLS")
+        fits = {"": ("file", "hls"), "event:": ("hls",)}.get(before, ("file",))
+        if kind not in fits or (kind == "file" and path.suffix.lower() not in VIDEO_TYPES):
+            raise Refusal("invalid", f"{_printable(target)}: write NAME.mp4, segment:SECONDS:NAME.mp4 or NAME.m3u8")
         return f"{before}{path}"
 
     # Addresses

@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 from mp4 import write_sound
 from PIL import Image
-from procs import LoopWatch
 from waiting import until_async
 
 from service import inputs as module
@@ -934,19 +933,31 @@ async def test_only_what_is_in_the_spool_is_an_upload(make, name, tmp_path):
 
 
 async def test_the_event_loop_goes_on_while_much_is_brought_in(make, tmp_path):
-    """Live sessions share it: the longest that it was held up, on a machine that others use too."""
+    """Live sessions share it: the longest that its thread worked in one go. Not by the wall: others use the machine."""
     text = base64.b64encode(bytes(10_000_000)).decode()
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "large.wav").write_bytes(bytes(10_000_000))
     inputs = make()
-    async with serving() as web, LoopWatch() as watch:
+    longest_s = 0.0
+
+    async def beat() -> None:
+        nonlocal longest_s
+        worked_s = time.thread_time()
+        while True:
+            await asyncio.sleep(0.002)
+            longest_s = max(longest_s, time.thread_time() - worked_s)
+            worked_s = time.thread_time()
+
+    async with serving() as web:
         web.serve("/large.wav", bytes(10_000_000))
+        beating = asyncio.create_task(beat())
         for source in (Source(data=text), Source(path="large.wav"), Source(url=web.url("/large.wav"))):
             with pytest.raises(Refusal):
                 await inputs.fetch(source, "audio")
         await refused(inputs.keep(once(*[bytes(60_000)] * 160), "audio"), "invalid")
-    print(f"longest stall {1000 * watch.worst_s:.0f} ms")
-    assert watch.worst_s < 0.25
+        beating.cancel()
+    print(f"worked for {1000 * longest_s:.0f} ms in one go")
+    assert longest_s < 0.1
 
 
 # What it is
@@ -1135,6 +1146,17 @@ async def test_what_was_asked_for_again_is_young_again(make):
         await again()
         now[0] += 3500
         assert await inputs.prune(none_needed) == 0
+
+
+async def test_what_has_just_come_is_kept_even_where_nothing_is_kept_for_long(make):
+    """A job that needs it is about to be stored."""
+    now = [1_000_000.0]
+    inputs = make(clock=lambda: now[0], spool_hours=1e-6)
+    await inputs.keep(once(PNG), "image")
+    now[0] += GRACE_S - 1
+    assert await inputs.prune(none_needed) == 0
+    now[0] += 2
+    assert await inputs.prune(none_needed) == 1
 
 
 async def test_the_oldest_make_room_but_nothing_young_does(make):
@@ -1410,11 +1432,29 @@ async def test_a_file_of_a_session_lies_nowhere_else(make, target):
     await refused(make().check_target(target), "forbidden")
 
 
-@pytest.mark.parametrize("target", ["x.sh", "x", "pipe:1", "event:x.mp4\n", "segment:600:", "", "x.ts", "event:"])
+@pytest.mark.parametrize(
+    "target",
+    ["x.sh", "x", "pipe:1", "event:x.mp4\n", "segment:600:", "", "x.ts", "event:", "event:x.mp4", "segment:600:x.m3u8"],
+)
 async def test_a_file_of_a_session_is_a_video(make, target):
     with pytest.raises(Refusal) as caught:
         await make().check_target(target)
     assert str(caught.value).isprintable()
+
+
+async def test_halves_of_characters_are_refused_in_a_line_that_can_be_sent(make):
+    """JSON can bring them; whoever writes them into an answer fails."""
+    inputs = make(names())
+    works = [inputs.fetch(Source.model_construct(**{name: "http://x/\ud800" if name == "url" else "\ud800"}), "image")
+             for name in ("path", "url", "data")]  # fmt: skip
+    works += [
+        inputs.check_target(target) for target in ("rtmp://\ud800/a/b", "\ud800.mp4", "\ud800://x", "srt://x\udfff:1")
+    ]
+    works += [inputs.keep(once(b"x"), "image", "\ud800.png"), asyncio.to_thread(inputs.allowed_output, "\udc80.mp4")]
+    for work in works:
+        with pytest.raises(Refusal) as caught:
+            await work
+        str(caught.value).encode()
 
 
 async def test_a_name_server_that_never_answers_holds_nobody_up(make, monkeypatch):
