@@ -27,6 +27,7 @@ WITHOUT_TORCH = (
     "audio/source.py",
     "audio/errors.py",
     "audio/live.py",
+    "audio/opus.py",
     "audio/reader.py",
     "audio/urls.py",
     "avatar/model.py",
