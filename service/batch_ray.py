@@ -7,6 +7,7 @@ import contextlib
 import os
 import secrets
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
@@ -63,16 +64,18 @@ def ray_workers(
 
     @contextlib.asynccontextmanager
     async def connect(settings: Settings) -> AsyncIterator[Workers]:
-        await asyncio.to_thread(_connect, address)
-        try:
-            places = _Cluster(settings, out, actors)
+        # Ray prints; what is asked of this command on stdout is not Ray's.
+        with contextlib.redirect_stdout(sys.stderr):
+            await asyncio.to_thread(_connect, address)
             try:
-                await places.start()
-                yield places
+                places = _Cluster(settings, out, actors)
+                try:
+                    await places.start()
+                    yield places
+                finally:
+                    await places.close()
             finally:
-                await places.close()
-        finally:
-            await asyncio.to_thread(ray.shutdown)
+                await asyncio.to_thread(ray.shutdown)
 
     return connect
 

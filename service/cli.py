@@ -326,6 +326,7 @@ def _tell_plan(request: BatchRequest, settings: Settings, as_json: bool) -> None
 def _run_batch(request: BatchRequest, settings: Settings, show: _Show, ray: str | None, actors: int | None) -> None:
     from service.batch import BatchWatcher, batch
 
+    results = sys.stdout  # Ray prints what it has to say, and then it goes to stderr
     workers = None
     if ray is not None:
         from service.batch_ray import ray_workers
@@ -339,7 +340,9 @@ def _run_batch(request: BatchRequest, settings: Settings, show: _Show, ray: str 
     else:
         watcher = BatchWatcher()
         if show.as_json:
-            watcher.ended = lambda slot, outcome: print(json.dumps(outcome.told()), flush=True)  # type: ignore[method-assign]
+            watcher.ended = lambda slot, outcome: print(  # type: ignore[method-assign]
+                json.dumps(outcome.told()), file=results, flush=True
+            )
         elif not show.quiet:
             watcher.ended = lambda slot, outcome: _tell_failure(outcome)  # type: ignore[method-assign]
         result = batch(request, settings, watcher, workers)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from mp4 import clicks_at, read_mp4, write_sound
 from PIL import Image
@@ -372,6 +373,32 @@ def test_a_cluster_goes_on_after_ctrl_c(long):
     assert process.returncode == 130, errors
     assert call(long, *SLOW, "--ray=local").returncode == 0
     assert results(long / "out") == whole(long)
+
+
+@pytest.mark.slow
+def test_a_cluster_goes_on_when_an_actor_is_lost(long):
+    """About 20 s."""
+    process = spawn(long, *SLOW, "--ray=local", "--json")
+    until(lambda: checkpoints(long), 60)
+    (actor,) = [child for child in psutil.Process(process.pid).children(recursive=True) if "Actor" in child.name()]
+    actor.kill()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert json.loads(output.splitlines()[0])["resumed_from"] > 0
+    assert results(long / "out") == whole(long)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_and_a_model_that_cannot_be_loaded_are_one_line(folder):
+    """About 15 s."""
+    for extra, message in (
+        (["--ray=127.0.0.1:1"], "--ray 127.0.0.1:1: no cluster answers there"),
+        (["--ray=local", "--set=model.options.delai=1"], "model.options.delai: unknown setting of the toy"),
+    ):
+        process = call(folder, *extra)
+        assert process.returncode == 2, process.stderr
+        assert message in process.stderr
+        assert process.stderr.count("\n") == 1, process.stderr
 
 
 def test_without_ray_it_is_one_line(folder, tmp_path):
