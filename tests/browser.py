@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 from conftest import find_program
@@ -71,8 +71,8 @@ class Visit:
 
     def leave(self) -> None:
         """Go away from the page, and forget all of it."""
-        self.page.goto(urljoin(self.address, "page/icon.svg"))
         self.page.evaluate("localStorage.clear(); sessionStorage.clear()")
+        self.page.goto("about:blank")
         for noted in (self.errors, self.requests, self.forgiven):
             noted.clear()
 
