@@ -12,6 +12,8 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from described import found_wrong, of_server
+from http_app import picture, sound
 from mp4 import read_mp4
 from serve import Serve
 from waiting import until
@@ -121,6 +123,22 @@ def test_a_playlist_and_its_segments_are_served(serve):
         assert len(answer.content) > 1000
         assert name in [output["name"] for output in serve.call("GET", path).json()["outputs"]]
         assert serve.call("DELETE", f"{path}/outputs/{name}").status_code == 200
+
+
+@pytest.mark.slow
+def test_the_daemon_is_as_it_is_described(serve):
+    """Two minutes."""
+    audio = serve.call("POST", "/v1/uploads?kind=audio", content=sound()).json()
+    serve.call("POST", "/v1/uploads?kind=image", content=picture()).raise_for_status()
+    for id in ("waits", "done"):
+        serve.call("POST", "/v1/jobs", json={"id": id, "audio": audio}).raise_for_status()
+    serve.finished("done")
+    serve.call("POST", "/v1/sessions", json={"id": "one"}).raise_for_status()
+    wrong = found_wrong(of_server(serve.url), 60)
+    for session in serve.call("GET", "/v1/sessions").json()["sessions"]:
+        serve.call("DELETE", f"/v1/sessions/{session['id']}")
+    assert not wrong, "\n\n".join(f"{place}: {told}" for place, told in wrong.items())
+    assert "bug" not in serve.text
 
 
 @pytest.mark.slow
