@@ -208,11 +208,15 @@ class _Person:
 
 @dataclass
 class _Output:
-    """One place a session is sent to. target: with its secrets, as it is opened."""
+    """One place a session is sent to.
+
+    target: with its secrets, as it is opened. for_viewers: a playlist that is of no use once it grows no more.
+    """
 
     name: str
     target: str
     lane: Lane
+    for_viewers: bool
     told: tuple[str, str | None] = ("waiting", None)
     """State and error that the hub was told last."""
 
@@ -220,6 +224,11 @@ class _Output:
     def path(self) -> Path | None:
         """Of a file or a playlist."""
         return _path(self.target)
+
+    async def clear(self) -> None:
+        """Delete what nobody can use any more, after its end."""
+        if self.for_viewers and self.path is not None:
+            await asyncio.to_thread(_delete_playlist, self.path)
 
 
 class Session:
@@ -349,6 +358,8 @@ class Session:
                 *(model.close() for model in list(self._models)),
                 return_exceptions=True,
             )
+            for output in self._outputs.values():
+                await output.clear()
         finally:
             self._state = "closed" if self.error is None else "failed"
             self._last_status = self.status()
@@ -545,7 +556,7 @@ class Session:
             raise Refusal("conflict", f"{redacted(target)}: session {self.id} goes there already")
         name = self._name(target)
         try:
-            output = _Output(name, checked, self._lane(checked, overwrite=playlist is not None))
+            output = _Output(name, checked, self._lane(checked, playlist is not None), playlist is not None)
         except AvatardError as error:
             raise Refusal("invalid", str(error)) from error
         output.lane.name = name
@@ -571,6 +582,7 @@ class Session:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FINISH_S):
                 await output.lane.wait_closed()
+        await output.clear()
         self._tell("output", **self._output_status(output))
 
     def _name(self, target: str) -> str:
@@ -609,6 +621,15 @@ class Session:
             if now != output.told:
                 output.told = now
                 self._tell("output", **status)
+
+
+def _delete_playlist(path: Path) -> None:
+    """It, its segments, and its folder where nothing else is in there."""
+    with contextlib.suppress(OSError):
+        for file in [path, *path.parent.glob(f"{path.stem}-*")]:
+            file.unlink(missing_ok=True)
+        path.parent.rmdir()
+        path.parent.parent.rmdir()
 
 
 def _path(target: str) -> Path | None:

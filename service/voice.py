@@ -12,7 +12,7 @@ import shutil
 import wave
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 
@@ -181,7 +181,8 @@ class _Service:
 
     async def _unpacked(self, parts: AsyncIterator[bytes]) -> Speech:
         read_end, write_end = os.pipe()
-        writing = asyncio.create_task(_write_all(parts, write_end), name="speech into the decoder")
+        pipe = os.fdopen(write_end, "wb", buffering=0)
+        writing = asyncio.create_task(_write_all(parts, pipe), name="speech into the decoder")
         try:
             async with contextlib.aclosing(_decoded(read_end, self._section.timeout_s)) as chunks:
                 async for chunk in chunks:
@@ -191,6 +192,7 @@ class _Service:
         finally:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
+            pipe.close()
 
     async def _refused(self, answer: httpx.Response) -> Exception:
         """One line of what a service that says no has said."""
@@ -264,11 +266,10 @@ async def _decoded(read_end: int, silence_s: float) -> Speech:
         os.close(read_end)
 
 
-async def _write_all(parts: AsyncIterator[bytes], write_end: int) -> None:
+async def _write_all(parts: AsyncIterator[bytes], pipe: BinaryIO) -> None:
     """Into a pipe, waiting while it is full; closes it."""
     loop = asyncio.get_running_loop()
-    file = os.fdopen(write_end, "wb", buffering=0)
-    transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, file)
+    transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, pipe)
     writer = asyncio.StreamWriter(transport, protocol, None, loop)
     try:
         with contextlib.suppress(ConnectionError):  # nobody reads any more
