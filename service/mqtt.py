@@ -32,11 +32,11 @@ from service.mqtt_messages import (
     Submission,
     Topics,
     chunk_count,
-    chunks,
     encode,
     is_id,
     job_body,
     read_asker,
+    read_chunk,
     read_command,
     read_object,
     read_submission,
@@ -81,6 +81,7 @@ PCM = "s16le:16000:1"
 """The sound on a session's audio topic, where nobody said otherwise."""
 
 DISK_RETRY_S = 10.0
+"""Until what the store or the ledger could not do is tried again."""
 
 R = TypeVar("R")
 
@@ -389,9 +390,10 @@ class _Mqtt:
             case ["sessions", _, "audio"]:
                 # As often as there is sound.
                 return
-        answer = refusal_body(refusal, id)
-        known = parts[0] == "jobs" and id in self._owed
-        await self._publish(connection, asker, _refused_topic(parts[0], answer, known), answer)
+            case ["jobs" | "sessions", *_]:
+                known = parts[0] == "jobs" and id in self._owed
+                answer = refusal_body(refusal, id)
+                await self._publish(connection, asker, _refused_topic(parts[0], answer, known), answer)
 
     async def _publish(
         self, connection: Connection, asker: Asker, otherwise: str, body: Body, chunk: bytes = b""
@@ -481,27 +483,30 @@ class _Mqtt:
 
     async def _decide(self, n: int, id: str) -> None:
         """Make a job of a message, or say why not. It may take as long as its picture and sound are fetched."""
-        command, incomplete, attempts = await self._ledger.begin(n)
         answer: Body | None = None
-        if id in self._withdrawn:
-            answer = {"id": id, "state": "cancelled", "daemon": self._daemon}
-        elif incomplete:
-            answer = refusal_body(Refusal("unavailable", "the daemon ended while its sound came; send it again"), id)
-            self._due.add(("upload", id))
-        elif attempts >= ATTEMPTS:
-            answer = refusal_body(Refusal("invalid", f"the daemon ended {attempts} times while it looked into it"), id)
-        else:
-            try:
+        try:
+            command, incomplete, attempts = await self._ledger.begin(n)
+            if incomplete:
+                self._due.add(("upload", id))
+                raise Refusal("unavailable", "the daemon ended while its sound came; send it again")
+            if attempts >= ATTEMPTS:
+                raise Refusal("invalid", f"the daemon ended {attempts} times while it looked into it")
+            if id in self._withdrawn:
+                answer = {"id": id, "state": "cancelled", "daemon": self._daemon}
+            else:
                 await self._app.jobs.submit(command, {"trigger": "mqtt"})
-            except Exception as error:
-                answer = refusal_body(_as_refusal(error), id)
+                if id in self._withdrawn:
+                    await self._app.jobs.cancel(id)
+        except sqlite3.Error:
+            raise
+        except Exception as error:
+            answer = refusal_body(_as_refusal(error), id)
         await self._ledger.decide(n, answer)
         del self._deciding[n]
+        self._withdrawn.discard(id)
+        # Again: while this row was written, another one of the same job may have been the last to be settled.
+        self._owed.add(id)
         self._due.add(("job", id))
-        if id in self._withdrawn:
-            self._withdrawn.discard(id)
-            if answer is None:
-                await self._app.jobs.cancel(id)
 
     async def _cancel(self, id: str, asker: Asker) -> None:
         if id in self._uploads:
@@ -577,18 +582,17 @@ class _Mqtt:
             await self._publish(connection, debt.asker, "", body)
         if debt.result != "payload" or job.result is None:
             return
-        pieces = chunks(self._app.jobs.result_path(job), job.result["bytes"])
+        total = chunk_count(job.result["bytes"])
         try:
-            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-                index, total, data = piece
+            path = self._app.jobs.result_path(job)
+            for index in range(total):
+                piece = await asyncio.to_thread(read_chunk, path, index)
                 head = {"id": job.id, "index": index, "total": total, "sha256": job.result["sha256"]}
-                await self._publish(connection, debt.asker, f"jobs/{job.id}/result", head, data)
-        except OSError as error:
+                await self._publish(connection, debt.asker, f"jobs/{job.id}/result", head, piece)
+        except (OSError, Refusal) as error:
             log.warning("mqtt: job %s: its file cannot be read: %s", job.id, error)
             gone = {"id": job.id, "state": "failed", "error": "its file was deleted or cannot be read"}
             await self._publish(connection, debt.asker, f"jobs/{job.id}/result", gone)
-        finally:
-            pieces.close()
 
     def _result_of(self, job: Job, kind: str) -> Body | None:
         """A finished job's file, and where it is to be had."""
@@ -596,7 +600,9 @@ class _Mqtt:
             return None
         told = {name: value for name, value in job.result.items() if name != "path"} | {"kind": kind}
         if kind == "path":
-            return told | {"path": str(self._app.jobs.result_path(job))}
+            with contextlib.suppress(Refusal):
+                told["path"] = str(self._app.jobs.result_path(job))
+            return told
         if kind == "payload":
             return told | {"chunks": chunk_count(job.result["bytes"])}
         return told | {"url": f"{_http_address(self._app)}/v1/jobs/{job.id}/result"}
@@ -767,6 +773,10 @@ class _Mqtt:
                     raise
                 except sqlite3.Error as error:
                     raise CannotServe(f"nothing can be told: {error}; is the disk of daemon.state full?") from error
+                except AvatardError as error:
+                    log.warning("mqtt: %s %s cannot be told now: %s", kind, id, error)
+                    await asyncio.sleep(DISK_RETRY_S)
+                    self._due.add((kind, id))
                 except Exception:
                     # A bug: it must not keep the others from being told.
                     log.exception("mqtt: %s %s cannot be told", kind, id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -214,9 +213,8 @@ def chunk_count(size: int) -> int:
     return max(1, -(-size // CHUNK_BYTES))
 
 
-def chunks(path: Path, size: int) -> Generator[tuple[int, int, bytes], None, None]:
-    """A file of that many bytes in pieces: index, how many there are, and the piece. Blocks. Raises: OSError."""
-    total = chunk_count(size)
+def read_chunk(path: Path, index: int) -> bytes:
+    """One of the pieces in which a file is told. Blocks. Raises: OSError."""
     with path.open("rb") as file:
-        for index in range(total):
-            yield index, total, file.read(CHUNK_BYTES)
+        file.seek(index * CHUNK_BYTES)
+        return file.read(CHUNK_BYTES)

@@ -130,6 +130,8 @@ async def storm(folder: Path, jobs: int, daemon_kills: int, broker_kills: int) -
             "encoder.preset=ultrafast",
         )
         with serve:
+            # Before a daemon was there for the first time, a broker keeps nothing for it.
+            await asyncio.to_thread(serve.says, "mqtt: connected", 60)
             bot = Bot(broker, sound, [f"job-{number}" for number in range(jobs)], random)
             asking = asyncio.create_task(bot.run())
             for at, what in zip(when, killed):
