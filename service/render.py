@@ -153,6 +153,7 @@ async def render(
     folder = _Folder(request.folder, _Identity(request, settings, spec, segment_s))
     if (done := await asyncio.to_thread(folder.noted, request.target)) is not None:
         return done
+    await asyncio.to_thread(_check_free, request)
     reference = Reference(
         await asyncio.to_thread(cover, picture, spec.width, spec.height), request.prompt, request.seed
     )
@@ -199,7 +200,7 @@ class _Border:
 
 
 class _Folder:
-    """The files of the work in progress. Blocking; whatever it raises is an OSError."""
+    """The files of the work in progress. Blocking; what its disk refuses comes as OSError or SinkError."""
 
     def __init__(self, path: Path, identity: Callable[[], str]) -> None:
         self.path, self.identity = path, identity
@@ -236,10 +237,11 @@ class _Folder:
 
     def clear(self) -> None:
         """Nothing here is to be gone on with."""
-        for name in (self._checkpoint, self._result):
-            if name.exists():
-                name.unlink()
-                flush_to_disk(self.path)
+        with _told(self.path):
+            for name in (self._checkpoint, self._result):
+                if name.exists():
+                    name.unlink()
+                    flush_to_disk(self.path)
 
     def note(self, result: RenderResult) -> None:
         """Write down what will be the result as soon as the finished file has its name."""
@@ -279,12 +281,16 @@ class _Identity:
     @functools.cached_property
     def _text(self) -> str:
         model, request = self._settings.model, self._request
+        with _told(request.image):
+            image = _sha256(request.image)
+        with _told(request.audio):
+            audio = _sha256(request.audio)
         depends = {
             "software": [VERSION, sorted(av.library_versions.items())],
             "model": [resolve_model(model.name, self._settings), model.steps, model.options],
             "spec": asdict(self._spec),
-            "image": _sha256(request.image),
-            "audio": _sha256(request.audio),
+            "image": image,
+            "audio": audio,
             "limits": self._settings.limits.model_dump(),
             "prompt": request.prompt,
             "seed": request.seed,
@@ -298,10 +304,13 @@ class _Identity:
 class _Costs:
     """What the model takes on one engine, so that the first block of a render is no surprise to who waits for its turn.
 
-    open_s, block_s: seconds of its work for a session's beginning, and for a block lately.
+    open_s, state_s, finish_s, block_s: seconds of its work for a session's beginning, for its state, for its end, and
+    for a block lately.
     """
 
     open_s: float = 0.0
+    state_s: float = 0.0
+    finish_s: float = 0.0
     _blocks: deque[float] = field(default_factory=lambda: deque(maxlen=LATELY))
 
     @property
@@ -331,7 +340,8 @@ def _check_target(request: RenderRequest) -> None:
         raise SinkError(
             f"{target}: file type {target.suffix!r} is not one we write; end the name in {' or '.join(FILE_TYPES)}"
         )
-    _check_free(request)
+    if not request.folder.exists():  # otherwise it may be what an earlier call has made
+        _check_free(request)
     with _told(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(target.parent, os.W_OK):
@@ -407,12 +417,13 @@ class _Work:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="render")
         self._sound_thread = ThreadPoolExecutor(1, thread_name_prefix="render sound")
         self._original = sound.original()
-        self._sound_encoder = self._new_encoder()
-        picture_stream, sound_stream = self._sound_encoder.streams
-        self._video = Track(folder.video, picture_stream, checkpoint.video_bytes if checkpoint else 0)
-        self._speech = Track(folder.sound, sound_stream)
+        self._checkpoint = checkpoint
+        self._sound_encoder: Encoder | None = None
+        """Of the whole sound; its streams are what the packets are given as."""
         self._encoder: Encoder | None = None
-        """Of the segment under way."""
+        """Of the pictures of the segment under way."""
+        self._video: Track
+        self._speech: Track
         self._encode_s = 0.0
         self._resumed_from = checkpoint.frames if checkpoint else 0
         self._frames = self._resumed_from
@@ -423,6 +434,7 @@ class _Work:
 
     async def make(self) -> None:
         """All frames and all sound, encoded."""
+        await _in(self._thread, self._open_tracks)
         if self._frames:
             self._on_progress(self._frames, self._total)
         try:
@@ -433,7 +445,8 @@ class _Work:
                 tasks.create_task(self._hear(), name="hear")
         except BaseExceptionGroup as group:
             # The others were cancelled for it.
-            raise group.exceptions[0] from None
+            first = group.exceptions[0]
+            raise first from first.__cause__
         if not self._frames:
             raise AvatardError(f"{self._request.audio}: the sound is empty: there is nothing to speak")
 
@@ -445,9 +458,9 @@ class _Work:
         """Let go of everything but the files."""
         await self._session.close()
         self._original.close()
-        self._sound_encoder.close()
-        if self._encoder is not None:
-            self._encoder.close()
+        for encoder in (self._sound_encoder, self._encoder):
+            if encoder is not None:
+                encoder.close()
         self._thread.shutdown(wait=False)
         self._sound_thread.shutdown(wait=False)
 
@@ -467,33 +480,40 @@ class _Work:
         self._blocks.close()
 
     async def _generate(self, begin: int) -> None:
-        session, can_save = self._session, True
+        session, costs, can_save = self._session, self._costs, True
         async for audio in self._blocks:
             # Before a block and not after one, so that a sound of one segment's length needs no checkpoint.
             number = session.blocks
             border = number > begin and number % self._segment_blocks == 0
-            state = None
-            async with self._turn(self._costs.block_s):
-                if border and can_save:
+            saves, state = border and can_save, None
+            async with self._turn(costs.block_s + (costs.state_s if saves else 0.0)):
+                if saves:
                     state = await self._state()
                     can_save = state is not None
                 before_s = session.busy_s
                 made = await session.step(audio)
-                self._costs.note_block(session.busy_s - before_s)
+                costs.note_block(session.busy_s - before_s)
             if border:
                 await self._made.put(_Border(number, state))
             for block in made:
                 await self._made.put(block)
-        for block in await session.finish():
+        async with self._turn(costs.finish_s):
+            before_s = session.busy_s
+            made = await session.finish()
+            costs.finish_s = session.busy_s - before_s
+        for block in made:
             await self._made.put(block)
         self._made.close()
 
     async def _state(self) -> bytes | None:
+        began = self._clock()
         try:
-            return await self._session.snapshot()
+            state = await self._session.snapshot()
         except ModelFailure as failure:
             log.warning("%s: cannot be gone on with after a kill: %s", self._request.target, failure)
             return None
+        self._costs.state_s = self._clock() - began
+        return state
 
     async def _deliver(self) -> None:
         async for item in self._made:
@@ -521,9 +541,16 @@ class _Work:
             frames = min(self._spec.frames_per_block, self._frames - heard)
             await _in(self._sound_thread, self._encode_sound, frames)
             heard += frames
-        await _in(self._sound_thread, lambda: self._speech.add(self._sound_encoder.flush()))
+        await _in(self._sound_thread, self._end_sound)
 
     # In the threads.
+
+    def _open_tracks(self) -> None:
+        checkpoint, folder = self._checkpoint, self._folder
+        self._sound_encoder = self._new_encoder()
+        pictures, sound = self._sound_encoder.streams
+        self._video = Track(folder.video, pictures, checkpoint.video_bytes if checkpoint else 0)
+        self._speech = Track(folder.sound, sound)
 
     def _new_encoder(self) -> Encoder:
         spec, settings = self._spec, EncoderSettings(**self._settings.encoder.model_dump())
@@ -538,6 +565,7 @@ class _Work:
         self._encode_s += self._clock() - began
 
     def _encode_sound(self, frames: int) -> None:
+        assert self._sound_encoder is not None
         spec = self._spec
         sound = self._original.read(frames * SOUND_RATE // spec.fps)
         unseen = np.zeros((0, spec.height, spec.width, 3), np.uint8)
@@ -546,6 +574,10 @@ class _Work:
             with _told(self._folder.path):
                 self._folder.make()
                 self._speech.keep(flush=False)
+
+    def _end_sound(self) -> None:
+        assert self._sound_encoder is not None
+        self._speech.add(self._sound_encoder.flush())
 
     def _end_encoder(self) -> None:
         if self._encoder is not None:
@@ -581,6 +613,7 @@ class _Work:
         return result
 
     def _mux(self, part: Path) -> None:
+        assert self._sound_encoder is not None
         request = self._request
         tags = {**metadata(self._settings, request.target.name), "title": request.title or request.target.stem}
         muxer = Muxer(part, self._sound_encoder.streams, tags, "mp4", {"movflags": "+faststart"})

@@ -215,6 +215,14 @@ async def test_what_is_done_is_not_done_again(request_):
     assert request_.target.exists()
 
 
+async def test_what_is_done_is_known_also_where_nothing_is_to_be_replaced(request_):
+    first = await made(replace(request_, overwrite=False))
+    assert await made(replace(request_, overwrite=False)) == first
+    request_.target.write_bytes(b"something else")
+    with pytest.raises(SinkError, match="exists already"):
+        await made(replace(request_, overwrite=False))
+
+
 async def test_a_result_that_was_changed_since_is_made_again(request_):
     await made(request_)
     content = request_.target.read_bytes()
@@ -406,12 +414,13 @@ async def test_the_model_is_used_in_turns_only(request_):
     settings = toy(step_s=0.02)
     async with await Engine.launch(engine_settings(settings)) as engine:
         await render(request_, engine, settings, segment_s=SEGMENT_S, turn=turn)
-        assert len(expected) == 1 + 10
-        assert expected[:2] == [0.0, 0.0]
-        assert all(0.02 <= seconds < 0.2 for seconds in expected[2:])
+        begin, first, *others, finish = expected
+        assert len(others) == 9
+        assert (begin, first, finish) == (0.0, 0.0, 0.0)
+        assert all(0.02 <= seconds < 0.3 for seconds in others)
         await render(replace(request_, seed=9), engine, settings, segment_s=SEGMENT_S, turn=turn)
         # What is known of this engine is known to the next one too.
-        assert 0.02 <= expected[12] < 0.2
+        assert 0.02 <= expected[13] < 0.3
 
 
 async def test_two_renders_at_once_are_as_each_alone(request_, tmp_path):
