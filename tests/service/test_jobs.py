@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -26,13 +27,14 @@ from waiting import until_async
 
 from audio.chunk import AudioChunk
 from service import jobs as jobs_module
-from service.commands import Refusal, SubmitJob
+from service.commands import OpenSession, Refusal, SubmitJob
 from service.config import Settings
 from service.hub import Hub, News
 from service.inputs import Inputs
 from service.jobs import Jobs
 from service.render import DiskFull, RenderRequest, RenderResult, Stopped
 from service.run import engine_settings
+from service.sessions import Session, Sessions
 from service.store import Job, JobStore, StoreFull
 from service.turns import Turns
 from service.voice import Voice
@@ -346,6 +348,46 @@ async def test_a_live_session_comes_first_and_jobs_work_in_its_pauses(folder):
             assert engine.steps == 0
             busy = False
             assert (await h.ended("a")).state == "completed"
+
+
+@pytest.mark.slow
+async def test_a_live_session_does_not_feel_a_hundred_jobs_beside_it(folder):
+    """Real time, 20 s; the toy works 0.1 s for a block of 0.48 s."""
+    options = ("model.options.step_s=0.1", "sessions.targets=['null']")
+
+    async def watched(session: Session, seconds: float) -> tuple[int, int, float, float]:
+        before, seen = session.status(), []
+        for _ in range(round(seconds / 0.1)):
+            await asyncio.sleep(0.1)
+            seen.append(session.status())
+        held, skipped = (seen[-1][name] - before[name] for name in ("held", "skipped"))
+        return (
+            held,
+            skipped,
+            statistics.median(s["step_s"] for s in seen),
+            statistics.median(s["ahead_s"] for s in seen),
+        )
+
+    async with toy(folder, *options) as engine, house(folder, engine, *options, at_work=False) as h:
+        await engine.ready()
+        sessions = Sessions(h.settings, engine, Inputs(h.settings), h.turns, h.hub, None)
+        session = await sessions.open(OpenSession(outputs=("null://",)))
+        await until_async(lambda: session.status().get("frames", 0) > 50)
+        alone = await watched(session, 8)
+        for n in range(100):
+            await h.submit(f"j{n}", priority="batch")
+        working = asyncio.create_task(h.jobs.run())
+        beside = await watched(session, 8)
+        made = (await h.jobs.counts())["completed"]
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        await sessions.close_all()
+    print(f"held, skipped, step_s, ahead_s: alone {alone}, beside jobs {beside}; {made} jobs")
+    assert made >= 5
+    assert beside[0] <= alone[0] + 2
+    assert beside[1] <= alone[1]
+    assert beside[2] == pytest.approx(alone[2], rel=0.1)
+    assert beside[3] == pytest.approx(alone[3], abs=0.08)
 
 
 # Taking jobs.
