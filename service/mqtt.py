@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import sqlite3
 import time
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from audio.errors import AvatardError
 from service.app import App
-from service.commands import Change, OpenSession, Refusal, Say, Source
+from service.commands import Refusal, Source
+from service.mqtt_answers import Answers, Due, as_refusal
 from service.mqtt_broker import BrokerGone, CannotServe, Connection, Login, TooLong, stay_connected
 from service.mqtt_ledger import Debt, Ledger
 from service.mqtt_messages import (
     FINISHED,
     NOBODY,
-    SESSION_COMMANDS,
     Asker,
     Body,
     Submission,
@@ -37,17 +35,16 @@ from service.mqtt_messages import (
     job_body,
     read_asker,
     read_chunk,
-    read_command,
     read_object,
     read_submission,
     refusal_body,
 )
+from service.mqtt_sessions import SessionMessages
 
 if TYPE_CHECKING:
     import aiomqtt
 
     from service.hub import News
-    from service.sessions import Session
     from service.store import Job
 
 DECIDERS = 8
@@ -63,23 +60,11 @@ UPLOAD_PARTS = 64
 UPLOAD_WAIT_S = 5.0
 TELLERS = 8
 """States and results on their way at once: each waits for the broker to have it."""
-COMMANDS = 32
-"""Commands other than jobs under way at once."""
-REPLIES = 256
-"""Answers to them that wait for the broker; the oldest are forgotten first."""
-LINE_BYTES, LINE_MESSAGES = 4_000_000, 512
-"""Said to one session, and not taken by it yet; more is left out, and counted."""
 KEPT_S = 3600
 """For which the broker keeps the state of what has ended."""
-SESSION_KEPT_S = 60
-"""For which it keeps that of a session of which it hears nothing."""
-STATUS_EVERY_S = 2.0
 PROGRESS_EVERY_S = 0.5
 LARGE_BYTES = 64_000
 """A message from which on it is read in a thread."""
-PCM = "s16le:16000:1"
-"""The sound on a session's audio topic, where nobody said otherwise."""
-
 DISK_RETRY_S = 10.0
 """Until what the store or the ledger could not do is tried again."""
 
@@ -99,39 +84,6 @@ async def serve_mqtt(app: App) -> None:
         await _Mqtt(app, login, ledger).run()
     finally:
         await ledger.close()
-
-
-Key = tuple[Literal["job", "progress", "upload", "session", "reply"], str]
-
-
-class _Due:
-    """What is to be told: each thing once, however often it changes meanwhile, and by one teller at a time."""
-
-    def __init__(self) -> None:
-        self._waiting: OrderedDict[Key, None] = OrderedDict()
-        self._busy: set[Key] = set()
-        self._changed = asyncio.Event()
-
-    def add(self, key: Key) -> None:
-        self._waiting[key] = None
-        self._changed.set()
-
-    @contextlib.asynccontextmanager
-    async def next(self) -> AsyncIterator[Key]:
-        """The oldest that nobody is telling. When telling it fails, it is due again."""
-        while (key := next((key for key in self._waiting if key not in self._busy), None)) is None:
-            self._changed.clear()
-            await self._changed.wait()
-        del self._waiting[key]
-        self._busy.add(key)
-        try:
-            yield key
-        except BaseException:
-            self._waiting[key] = None
-            raise
-        finally:
-            self._busy.discard(key)
-            self._changed.set()
 
 
 class _Upload:
@@ -155,50 +107,6 @@ class _Upload:
             yield part
 
 
-class _Line:
-    """What is said to one session, in its order; `feed` takes its sound."""
-
-    def __init__(self, session: Session, feed: Any) -> None:
-        self.session, self.feed = session, feed
-        self.task: asyncio.Task[None] | None = None
-        self._left_out = 0
-        self._error = ""
-        self._waiting: deque[tuple[bytes | Say | Change, int, Asker]] = deque()
-        self._bytes = 0
-        self._changed = asyncio.Event()
-
-    def add(self, said: bytes | Say | Change, size: int, asker: Asker) -> bool:
-        """size: about as many bytes. False: there is no room, and it is left out."""
-        if self._bytes + size > LINE_BYTES or len(self._waiting) >= LINE_MESSAGES:
-            self._left_out += 1
-            return False
-        self._waiting.append((said, size, asker))
-        self._bytes += size
-        self._changed.set()
-        return True
-
-    def interrupt(self) -> None:
-        """What was to be spoken is not."""
-        self._waiting = deque(item for item in self._waiting if isinstance(item[0], Change))
-        self._bytes = sum(size for _, size, _ in self._waiting)
-
-    def fail(self, error: str) -> None:
-        """Its sound could not be taken."""
-        self._error = error
-
-    def status(self) -> Body:
-        """What its sender cannot know otherwise: messages left out, and what is wrong with its sound."""
-        return {"left_out": self._left_out, "audio_error": self._error or None}
-
-    async def next(self) -> tuple[bytes | Say | Change, Asker]:
-        while not self._waiting:
-            self._changed.clear()
-            await self._changed.wait()
-        said, size, asker = self._waiting.popleft()
-        self._bytes -= size
-        return said, asker
-
-
 class _Mqtt:
     """The trigger while the daemon lives, over one connection after the other."""
 
@@ -210,23 +118,18 @@ class _Mqtt:
         self._most_bytes = round(mqtt.max_payload_mb * 1e6)
         self._result = "path" if mqtt.result == "url" and not self._has_address else mqtt.result
         self._began = clock()
-        self._due = _Due()
+        self._due = Due()
         self._tasks = asyncio.TaskGroup()
-        # Jobs: `owed` holds an id for each job in the ledger, so that news of other jobs cost nothing.
+        self._answers = Answers(self._topics, self._due, self._tasks)
+        self._sessions = SessionMessages(app, self._topics, self._daemon, self._due, self._answers, self._tasks)
+        # An id for each job in the ledger, so that news of other jobs cost nothing.
         self._owed: set[str] = set()
         self._undecided: asyncio.Queue[int] = asyncio.Queue()
         self._deciding: dict[int, str] = {}
         self._withdrawn: set[str] = set()
         self._uploads: dict[str, _Upload] = {}
         self._progress: dict[str, tuple[float, Body]] = {}
-        # Sessions and answers.
-        self._commands = 0
-        self._replies: OrderedDict[str, tuple[Asker, str, Body, str]] = OrderedDict()
-        self._reply_names = itertools.count()
-        self._lines: dict[str, _Line] = {}
-        self._ends: OrderedDict[str, Body] = OrderedDict()
-        self._told_sessions: set[str] = set()
-        self._followed: set[str] = set()
+        self._refusals: dict[int, Refusal] = {}
 
     @property
     def _has_address(self) -> bool:
@@ -255,11 +158,7 @@ class _Mqtt:
             if item.missed:
                 self._everything_is_due()
             if item.kind == "session":
-                if item.what in ("closed", "failed"):
-                    self._ends[item.id] = {"state": item.what, **item.body}
-                    if len(self._ends) > REPLIES:
-                        self._ends.popitem(last=False)
-                self._due.add(("session", item.id))
+                self._sessions.on_news(item)
             elif item.kind == "job" and item.id in self._owed:
                 if item.what == "progress":
                     self._on_progress(item)
@@ -275,16 +174,14 @@ class _Mqtt:
     def _everything_is_due(self) -> None:
         for id in sorted(self._owed):
             self._due.add(("job", id))
-        for id in self._told_sessions | {session.id for session in self._app.sessions.list()}:
-            self._due.add(("session", id))
-        for name in self._replies:
-            self._due.add(("reply", name))
+        self._sessions.all_due()
+        self._answers.all_due()
 
     # One connection
 
     async def _serve(self, connection: Connection) -> None:
         """Until the broker is gone. Raises: BrokerGone."""
-        self._followed.clear()
+        self._sessions.connected()
         available = self._topics.own("available")
         shared = [self._topics.shared(name) for name in ("jobs/submit", "sessions/open")]
         await connection.subscribe([*shared, self._topics.own("jobs/+/cancel"), available])
@@ -295,7 +192,7 @@ class _Mqtt:
                 for _ in range(TELLERS):
                     tasks.create_task(self._tell_one_after_the_other(connection), name="mqtt teller")
                 tasks.create_task(self._tell_stats(connection), name="mqtt stats")
-                tasks.create_task(self._watch_sessions(), name="mqtt sessions")
+                tasks.create_task(self._sessions.watch(), name="mqtt sessions")
                 await self._receive(connection)
         finally:
             for upload in list(self._uploads.values()):
@@ -336,7 +233,7 @@ class _Mqtt:
                     await self._take_part(id, payload)
                     return "audio", "taken"
                 case ["sessions", id, "audio"]:
-                    self._say_to(id, "audio", payload, NOBODY)
+                    self._sessions.take(id, "audio", payload, NOBODY)
                     return "audio", "taken"
                 case ["sessions", _, "say"] if not payload.lstrip().startswith(b"{"):
                     body = {"text": payload.decode(errors="replace")}
@@ -351,11 +248,11 @@ class _Mqtt:
                 case ["jobs", "submit"]:
                     await self._submit(connection, body, asker)
                 case ["jobs", id, "cancel"]:
-                    self._start(self._cancel(id, asker), asker, parts)
+                    self._answers.start(self._cancel(id, asker), asker, "jobs", id)
                 case ["sessions", "open"]:
-                    self._start(self._open(body, asker), asker, parts)
+                    self._answers.start(self._sessions.open(body, asker), asker, "sessions")
                 case ["sessions", id, what]:
-                    self._say_to(id, what, body, asker)
+                    self._sessions.take(id, what, body, asker)
             return parts[-1], "taken"
         except BrokerGone:
             raise
@@ -363,7 +260,7 @@ class _Mqtt:
             # Not acknowledged, so that the broker keeps it.
             raise CannotServe(f"nothing can be taken: {error}; is the disk of daemon.state full?") from error
         except Exception as error:
-            refusal = _as_refusal(error)
+            refusal = as_refusal(error)
         if asker is NOBODY:
             # What is not JSON may well say where the answer goes.
             with contextlib.suppress(Refusal):
@@ -393,18 +290,7 @@ class _Mqtt:
             case ["jobs" | "sessions", *_]:
                 known = parts[0] == "jobs" and id in self._owed
                 answer = refusal_body(refusal, id)
-                await self._publish(connection, asker, _refused_topic(parts[0], answer, known), answer)
-
-    async def _publish(
-        self, connection: Connection, asker: Asker, otherwise: str, body: Body, chunk: bytes = b""
-    ) -> None:
-        """To whoever asked; on a topic of our own where nobody said where."""
-        await connection.publish(
-            asker.topic or self._topics.own(otherwise),
-            encode(asker.address(body), chunk),
-            correlation=asker.correlation,
-            content_type="application/octet-stream" if chunk else "application/json",
-        )
+                await self._answers.publish(connection, asker, _refused_topic(parts[0], answer, known), answer)
 
     # Jobs: in
 
@@ -458,14 +344,12 @@ class _Mqtt:
                 update={"audio": Source.model_validate({"upload": path.name})}
             )
             await self._ledger.received(upload.n, command)
-        except Refusal as refusal:
-            await self._ledger.decide(upload.n, refusal_body(refusal, id))
-            self._due.add(("job", id))
-        else:
-            self._decide_soon(id, upload.n)
+        except Exception as error:
+            self._refusals[upload.n] = as_refusal(error)
         finally:
             del self._uploads[id]
             self._due.add(("upload", id))
+        self._decide_soon(id, upload.n)
 
     def _decide_soon(self, id: str, n: int) -> None:
         self._deciding[n] = id
@@ -486,6 +370,8 @@ class _Mqtt:
         answer: Body | None = None
         try:
             command, incomplete, attempts = await self._ledger.begin(n)
+            if n in self._refusals:
+                raise self._refusals.pop(n)
             if incomplete:
                 self._due.add(("upload", id))
                 raise Refusal("unavailable", "the daemon ended while its sound came; send it again")
@@ -500,7 +386,7 @@ class _Mqtt:
         except sqlite3.Error:
             raise
         except Exception as error:
-            answer = refusal_body(_as_refusal(error), id)
+            answer = refusal_body(as_refusal(error), id)
         await self._ledger.decide(n, answer)
         del self._deciding[n]
         self._withdrawn.discard(id)
@@ -511,12 +397,12 @@ class _Mqtt:
     async def _cancel(self, id: str, asker: Asker) -> None:
         if id in self._uploads:
             self._uploads[id].break_off(Refusal("conflict", "was cancelled before all its sound came"))
-            self._reply(asker, "", {"id": id, "state": "cancelled", "daemon": self._daemon})
+            self._answers.answer(asker, {"id": id, "state": "cancelled", "daemon": self._daemon})
         elif id in self._deciding.values():
             self._withdrawn.add(id)
-            self._reply(asker, "", {"id": id, "state": "cancelled", "daemon": self._daemon})
+            self._answers.answer(asker, {"id": id, "state": "cancelled", "daemon": self._daemon})
         else:
-            self._reply(asker, "", job_body(await self._app.jobs.cancel(id), self._daemon))
+            self._answers.answer(asker, job_body(await self._app.jobs.cancel(id), self._daemon))
 
     # Jobs: out
 
@@ -528,7 +414,7 @@ class _Mqtt:
                 await self._tell_refused(connection, debt, debt.answer, bool(taken))
             elif debt.upload and id in self._uploads and not debt.told:
                 waiting = {"id": id, "state": "receiving", "daemon": self._daemon}
-                await self._publish(connection, debt.asker, f"jobs/{id}/state", waiting)
+                await self._answers.publish(connection, debt.asker, f"jobs/{id}/state", waiting)
                 await self._ledger.tell(debt.n)
         if taken:
             await self._tell_state(connection, id, taken)
@@ -537,7 +423,7 @@ class _Mqtt:
             self._progress.pop(id, None)
 
     async def _tell_refused(self, connection: Connection, debt: Debt, answer: Body, known: bool) -> None:
-        await self._publish(connection, debt.asker, _refused_topic("jobs", answer, known), answer)
+        await self._answers.publish(connection, debt.asker, _refused_topic("jobs", answer, known), answer)
         await self._ledger.settle(debt.n)
 
     async def _tell_state(self, connection: Connection, id: str, debts: list[Debt]) -> None:
@@ -547,7 +433,7 @@ class _Mqtt:
         except Refusal:
             lost = {"id": id, "state": "failed", "error": "was deleted before this could be told", "error_type": "lost"}
             for debt in debts:
-                await self._publish(connection, debt.asker, f"jobs/{id}/result", lost)
+                await self._answers.publish(connection, debt.asker, f"jobs/{id}/result", lost)
                 await self._ledger.settle(debt.n)
             return
         body = job_body(job, self._daemon)
@@ -573,13 +459,13 @@ class _Mqtt:
                 await self._ledger.settle(debt.n)
             elif not debt.told:
                 if debt.asker.topic:
-                    await self._publish(connection, debt.asker, "", mine)
+                    await self._answers.publish(connection, debt.asker, "", mine)
                 await self._ledger.tell(debt.n)
 
     async def _tell_result(self, connection: Connection, debt: Debt, job: Job, body: Body) -> None:
         body = body | {"result": self._result_of(job, debt.result)}
         if debt.asker.topic:
-            await self._publish(connection, debt.asker, "", body)
+            await self._answers.publish(connection, debt.asker, "", body)
         if debt.result != "payload" or job.result is None:
             return
         total = chunk_count(job.result["bytes"])
@@ -588,11 +474,11 @@ class _Mqtt:
             for index in range(total):
                 piece = await asyncio.to_thread(read_chunk, path, index)
                 head = {"id": job.id, "index": index, "total": total, "sha256": job.result["sha256"]}
-                await self._publish(connection, debt.asker, f"jobs/{job.id}/result", head, piece)
+                await self._answers.publish(connection, debt.asker, f"jobs/{job.id}/result", head, piece)
         except (OSError, Refusal) as error:
             log.warning("mqtt: job %s: its file cannot be read: %s", job.id, error)
             gone = {"id": job.id, "state": "failed", "error": "its file was deleted or cannot be read"}
-            await self._publish(connection, debt.asker, f"jobs/{job.id}/result", gone)
+            await self._answers.publish(connection, debt.asker, f"jobs/{job.id}/result", gone)
 
     def _result_of(self, job: Job, kind: str) -> Body | None:
         """A finished job's file, and where it is to be had."""
@@ -607,162 +493,7 @@ class _Mqtt:
             return told | {"chunks": chunk_count(job.result["bytes"])}
         return told | {"url": f"{_http_address(self._app)}/v1/jobs/{job.id}/result"}
 
-    # Sessions: in
-
-    async def _open(self, body: Body, asker: Asker) -> None:
-        sound = body.pop("audio", PCM)
-        if not isinstance(sound, str):
-            raise Refusal("invalid", f"audio: is not the format of the sound to come, such as {PCM}")
-        session = await self._app.sessions.open(read_command(OpenSession, body))
-        try:
-            self._line(session, sound)
-        except AvatardError:
-            await session.close()
-            raise
-        self._due.add(("session", session.id))
-        answer = {"id": session.id, "state": "open", "daemon": self._daemon, "audio": sound}
-        self._reply(asker, f"sessions/{session.id}/state", answer, session.id)
-
-    def _line(self, session: Session, sound: str = PCM) -> _Line:
-        """Raises: AvatardError: the sound's format."""
-        if session.id not in self._lines:
-            line = _Line(session, session.feed(sound))
-            line.task = self._tasks.create_task(self._speak(line), name=f"mqtt line to {session.id}")
-            self._lines[session.id] = line
-        return self._lines[session.id]
-
-    def _say_to(self, id: str, what: str, body: Body | bytes, asker: Asker) -> None:
-        """Raises: Refusal."""
-        session = self._app.sessions.get(id)
-        line = self._line(session)
-        match what, body:
-            case "audio", bytes():
-                line.add(body, len(body), asker)
-            case "say", dict():
-                say = read_command(Say, body)
-                if say.interrupt:
-                    self._interrupt(line)
-                if not line.add(say, len(say.text), asker):
-                    raise Refusal("full", f"session {id}: too much waits to be said; interrupt it or wait", 1.0)
-            case "set", dict():
-                if not line.add(read_command(Change, body), LARGE_BYTES, asker):
-                    raise Refusal("full", f"session {id}: too much waits to be done; interrupt it or wait", 1.0)
-            case "interrupt", _:
-                self._answer(asker, {"id": id, "interrupted": self._interrupt(line)})
-            case "close", _:
-                self._start(self._close(session, asker), asker, ["sessions", id, what])
-
-    def _interrupt(self, line: _Line) -> Body:
-        line.interrupt()
-        return line.session.interrupt()
-
-    async def _close(self, session: Session, asker: Asker) -> None:
-        self._answer(asker, {"id": session.id, "state": "closed"} | await session.close())
-
-    async def _speak(self, line: _Line) -> None:
-        """What was said to a session, in its order, as fast as the session takes it."""
-        session = line.session
-        while True:
-            said, asker = await line.next()
-            try:
-                if said == b"":
-                    session.utterance_ended()
-                elif isinstance(said, bytes):
-                    await line.feed.bytes(said)
-                elif isinstance(said, Say):
-                    await session.say(said.text, said.voice)
-                else:
-                    await session.set(said.image, said.prompt)
-            except Exception as error:
-                refusal = _as_refusal(error)
-                if isinstance(said, bytes):
-                    line.fail(str(refusal))
-                else:
-                    self._reply(asker, "sessions/refused", refusal_body(refusal, session.id))
-            else:
-                self._answer(asker, {"id": session.id, "state": "done"})
-
-    # Sessions: out
-
-    async def _watch_sessions(self) -> None:
-        while True:
-            for session in self._app.sessions.list():
-                self._due.add(("session", session.id))
-            await asyncio.sleep(STATUS_EVERY_S)
-
-    async def _tell_session(self, connection: Connection, id: str) -> None:
-        topic = self._topics.own(f"sessions/{id}/state")
-        try:
-            session = self._app.sessions.get(id)
-        except Refusal:
-            line = self._lines.pop(id, None)
-            if line is not None and line.task is not None:
-                line.task.cancel()
-            if id in self._told_sessions:
-                body = {"id": id, "state": "closed", "daemon": self._daemon} | self._ends.pop(id, {})
-                await connection.publish(topic, encode(body), retain=connection.five, expires_s=SESSION_KEPT_S)
-                self._told_sessions.discard(id)
-            if id in self._followed:
-                await connection.unsubscribe(self._session_topics(id))
-                self._followed.discard(id)
-            return
-        await self._follow(connection, id)
-        self._told_sessions.add(id)
-        body = {"id": id, "daemon": self._daemon, **session.status()}
-        if id in self._lines:
-            body |= self._lines[id].status()
-        await connection.publish(topic, encode(body), retain=connection.five, expires_s=SESSION_KEPT_S)
-
-    async def _follow(self, connection: Connection, id: str) -> None:
-        if id not in self._followed:
-            await connection.subscribe(self._session_topics(id))
-            self._followed.add(id)
-
-    def _session_topics(self, id: str) -> list[str]:
-        return [self._topics.own(f"sessions/{id}/{what}") for what in SESSION_COMMANDS]
-
-    # Answers, and the daemon itself
-
-    def _start(self, work: Coroutine[Any, Any, None], asker: Asker, parts: list[str]) -> None:
-        """A command that takes its time, beside what the broker sends next. Raises: Refusal: too many."""
-        if self._commands >= COMMANDS:
-            work.close()
-            raise Refusal("full", f"{COMMANDS} commands are under way, which is the limit; send it again later", 1.0)
-        self._commands += 1
-
-        async def carry_out() -> None:
-            try:
-                await work
-            except Exception as error:
-                id = parts[1] if len(parts) == 3 else ""
-                self._reply(asker, f"{parts[0]}/refused", refusal_body(_as_refusal(error), id))
-            finally:
-                self._commands -= 1
-
-        self._tasks.create_task(carry_out(), name=f"mqtt {'/'.join(parts)}")
-
-    def _answer(self, asker: Asker, body: Body) -> None:
-        """To who wants to know."""
-        if asker.topic:
-            self._reply(asker, "", body)
-
-    def _reply(self, asker: Asker, otherwise: str, body: Body, session: str = "") -> None:
-        """As soon as there is a broker; where `session` is given, when that session's topics are listened to."""
-        if not asker.topic and not otherwise:
-            return
-        name = str(next(self._reply_names))
-        self._replies[name] = asker, otherwise, body, session
-        if len(self._replies) > REPLIES:
-            self._replies.popitem(last=False)
-        self._due.add(("reply", name))
-
-    async def _tell_reply(self, connection: Connection, name: str) -> None:
-        if name in self._replies:
-            asker, otherwise, body, session = self._replies[name]
-            if session:
-                await self._follow(connection, session)
-            await self._publish(connection, asker, otherwise, body)
-            self._replies.pop(name, None)
+    # Telling, and the daemon itself
 
     async def _tell_one_after_the_other(self, connection: Connection) -> None:
         while True:
@@ -791,24 +522,28 @@ class _Mqtt:
             case "upload" if id not in self._uploads:
                 await connection.unsubscribe([self._topics.own(f"jobs/{id}/audio")])
             case "session":
-                await self._tell_session(connection, id)
+                await self._sessions.tell(connection, id)
             case "reply":
-                await self._tell_reply(connection, id)
+                await self._answers.tell(connection, id)
 
     async def _tell_stats(self, connection: Connection) -> None:
         while True:
-            body = {
-                "daemon": self._daemon,
-                "name": self._app.settings.daemon.metadata_name,
-                "version": version("avatard"),
-                "uptime_s": round(self._clock() - self._began, 1),
-                "engine": self._app.engine.state,
-                "jobs": await self._app.jobs.counts(),
-                "sessions": len(self._app.sessions.list()),
-                "intake": self._app.jobs.paused or "open",
-            }
-            await connection.publish(self._topics.own("stats"), encode(body), qos=0)
+            with contextlib.suppress(AvatardError):
+                # What is wrong with the store is told by who works on it.
+                await connection.publish(self._topics.own("stats"), encode(await self._stats()), qos=0)
             await asyncio.sleep(self._app.settings.mqtt.stats_s)
+
+    async def _stats(self) -> Body:
+        return {
+            "daemon": self._daemon,
+            "name": self._app.settings.daemon.metadata_name,
+            "version": version("avatard"),
+            "uptime_s": round(self._clock() - self._began, 1),
+            "engine": self._app.engine.state,
+            "jobs": await self._app.jobs.counts(),
+            "sessions": len(self._app.sessions.list()),
+            "intake": self._app.jobs.paused or "open",
+        }
 
 
 async def _in_thread_if_large(what: bytes | Body, work: Callable[[], R]) -> R:
@@ -829,16 +564,6 @@ def _refused_topic(kind: str, answer: Body, known: bool) -> str:
     if kind == "jobs" and id and not known and answer.get("reason") != "conflict":
         return f"jobs/{id}/state"
     return f"{kind}/refused"
-
-
-def _as_refusal(error: Exception) -> Refusal:
-    """Any error as whoever sent the command may see it."""
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, AvatardError):
-        return Refusal("unavailable", str(error))
-    log.error("mqtt: a command ended in a bug", exc_info=error)
-    return Refusal("unavailable", "a bug in the daemon; its log says more")
 
 
 def _http_address(app: App) -> str:

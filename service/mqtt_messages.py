@@ -25,7 +25,6 @@ CHUNK_BYTES = 256 * 1024
 TOPIC_BYTES = 512
 CORRELATION_BYTES = 1024
 
-SESSION_COMMANDS = ("audio", "say", "interrupt", "set", "close")
 FINISHED = ("completed", "failed", "cancelled")
 """States that a job does not leave."""
 
