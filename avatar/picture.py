@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
@@ -21,6 +22,7 @@ MAX_PIXELS = 80_000_000  # 240 MB as RGB; Pillow itself warns from 89 million
 LEAST_SIDE = 16
 MOST_ASPECT = 5.0
 WORK_SIDE = 4096  # no model draws more: what is larger is halved while it is read
+BAND_ROWS = 256
 BACKGROUND = (128, 128, 128)
 REFUSED_FORMATS = {"EPS"}  # Pillow would start Ghostscript on it
 
@@ -145,7 +147,7 @@ def _upright_rgb(image: Image.Image, background: tuple[int, int, int]) -> Pixels
     if image.format in ("JPEG", "MPO"):
         image.draft(None, (WORK_SIDE, WORK_SIDE))  # JPEG can decode to a half or a quarter, in that share of the time
     image.load()
-    image = _transposed(image)
+    _turn_upright(image)
     if image.mode in ("1", "P", "PA"):
         image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
     elif image.mode == "F" or image.mode.startswith("I"):
@@ -166,24 +168,31 @@ def _upright_rgb(image: Image.Image, background: tuple[int, int, int]) -> Pixels
     return np.array(image, np.uint8)
 
 
-def _transposed(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF is no reason to refuse the picture
-        return image
+def _turn_upright(image: Image.Image) -> None:
+    """In place: most pictures stand upright, and would be copied for nothing."""
+    with contextlib.suppress(Exception):  # broken EXIF is no reason to refuse the picture
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """One channel of 16 or 32 bits, or of floats, to mode L."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    brightest = float(values.max(initial=0.0))
+    """One channel of 16 or 32 bits, or of floats, to mode L; in bands, since numbers to count with are wide."""
+    whole = np.asarray(image)
+    bands = [slice(top, top + BAND_ROWS) for top in range(0, len(whole), BAND_ROWS)]
+
+    def values(band: slice) -> NDArray[np.float64]:
+        return np.nan_to_num(whole[band].astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+    brightest = max((float(values(band).max(initial=0.0)) for band in bands), default=0.0)
     if image.mode == "F":
         full = max(brightest, 1.0)
     elif image.mode.startswith("I;16"):
         full = 65535.0
     else:
         full = next((limit for limit in (255.0, 65535.0) if brightest <= limit), brightest)
-    return Image.fromarray(np.clip(values * (255.0 / full) + 0.5, 0, 255).astype(np.uint8))
+    eight = np.empty(whole.shape, np.uint8)
+    for band in bands:
+        eight[band] = np.clip(values(band) * (255.0 / full) + 0.5, 0, 255).astype(np.uint8)
+    return Image.fromarray(eight)
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -15,6 +15,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -39,6 +40,7 @@ from streaming.sinks import open_sink
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], Awaitable[None]]
 SECRET = "s3cr3tt0ken"
+ROOT = Path(__file__).parent.parent.parent
 
 
 def png(width: int = 32, height: int = 48) -> bytes:
@@ -1036,6 +1038,27 @@ async def test_a_file_is_looked_into_once(make, monkeypatch):
     await inputs.keep(once(PNG), "image")
     await inputs.fetch(Source(upload=path.name), "image")
     assert len(looked) == 1
+
+
+def test_the_largest_picture_that_is_allowed_takes_bounded_memory(tmp_path):
+    """79 million pixels of 16 bits in 150 kB; in a process of its own, whose memory can be told."""
+    program = (
+        "import resource, sys\n"
+        "from PIL import Image\n"
+        "from avatar.picture import read_picture\n"
+        "Image.new('I;16', (8900, 8900), 300).save(sys.argv[1])\n"
+        "read_picture(sys.argv[1])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "large.png"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert int(done.stdout) < 800, "MiB"
 
 
 async def test_few_files_are_decoded_at_once(make, monkeypatch):
