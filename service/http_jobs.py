@@ -155,12 +155,12 @@ def add_job_routes(http: FastAPI, app: App) -> None:
             responses={
                 **problems(404, 409, 422),
                 200: {**video, "description": "The whole file"},
-                206: {**video, "description": "The ranges that were asked for"},
+                206: {**video, "description": "The range that was asked for"},
                 416: {"content": {"text/plain": {}}, "description": "The file has no such range"},
             },
         )
         async def result(request: Request, id: JobId) -> Response:
-            """The video. Ranges and If-Range are honoured."""
+            """The video. Range and If-Range are honoured."""
             job = await app.jobs.get(id)
             if job.state != "completed":
                 raise Refusal("conflict", f"job {id}: is {job.state}, and has no result")

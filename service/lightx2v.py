@@ -283,7 +283,7 @@ def add_lightx2v_routes(http: FastAPI, app: App) -> None:
     files: Responses = {
         **asked,
         200: {**video, "description": "The whole file"},
-        206: {**video, "description": "The ranges that were asked for"},
+        206: {**video, "description": "The range that was asked for"},
         416: {"content": {"text/plain": {}}, "description": "The file has no such range"},
     }
 

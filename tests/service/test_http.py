@@ -117,7 +117,10 @@ RANGES = [
     ("bytes=-5", 206, b"56789", "bytes 995-999/1000"),
     ("bytes=998-5000", 206, b"89", "bytes 998-999/1000"),
     ("bytes=1000-", 416, b"", "bytes */1000"),
-    # What is no range of bytes counts as none.
+    ("bytes=-0", 416, b"", "bytes */1000"),
+    ("bytes= 0 - 3", 206, b"0123", "bytes 0-3/1000"),
+    # What is no range of bytes counts as none, and several do.
+    ("bytes=0-1,5-6", 200, None, None),
     ("bytes=5-3", 200, None, None),
     ("bytes=a-b", 200, None, None),
     ("bytes=", 200, None, None),
