@@ -12,7 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -270,10 +270,7 @@ class Jobs:
 
     async def _let_go(self, job: Job) -> None:
         """Have a job wait again, unless it ended just now. Raises: StoreFull: the next start does it."""
-        job = await self._store.requeue(job.id)
-        # Of its cancellation whoever cancelled it has told.
-        if job.state != "cancelled":
-            self._tell(job)
+        self._tell_again(await self._store.requeue(job.id))
 
     async def _work(self, run: _Run) -> Job:
         """The job as it stands after that. Raises: EngineError: there is no model any more, and it waits again."""
@@ -293,7 +290,7 @@ class Jobs:
             # Not only what was noted last: it decides whether the job got any further.
             await self._patiently(lambda: store.progress(job.id, run.frames, run.total))
             again = await self._patiently(lambda: store.interrupted(job.id, why, attempts=attempts))
-            self._tell(again)
+            self._tell_again(again)
             return again
         except AvatardError as error:
             return await self._end(job, "failed", error=_plainly(error, request), error_type=type(error).__name__)
@@ -306,7 +303,7 @@ class Jobs:
 
     async def _make(self, run: _Run, request: RenderRequest) -> RenderResult:
         """The file, however long its disk is full. Raises: as `render`, but for DiskFull."""
-        job, jobs = run.job, self._settings.jobs
+        job, told = run.job, False
         while True:
             try:
                 if job.request["text"] is not None:
@@ -318,10 +315,14 @@ class Jobs:
                     turn=lambda expected_s: self._turns.turn(job.priority, expected_s),
                     on_progress=run.advance,
                     stop=run.stop,
-                    segment_s=jobs.segment_s,
+                    segment_s=self._settings.jobs.segment_s,
                 )
             except DiskFull as error:
-                log.warning("job %s: waits for room: %s", job.id, error)
+                if not told:
+                    log.warning("job %s: waits for room: %s", job.id, error)
+                told = True
+                # What lies there now may have come to be there in the last moment of this try.
+                request = replace(request, overwrite=True)
                 self._pause(_plainly(error, request))
                 await or_stop(run.stop, asyncio.sleep(DISK_RETRY_S))
 
@@ -457,6 +458,11 @@ class Jobs:
     def _tell(self, job: Job) -> None:
         more = {"error": job.error, "error_type": job.error_type} if job.error else {}
         self._hub.tell("job", job.id, job.state, frames=job.frames, total_frames=job.total_frames, **more)
+
+    def _tell_again(self, job: Job) -> None:
+        """As `_tell`, of a job that was not to end; if it was cancelled meanwhile, who did so has told."""
+        if job.state != "cancelled":
+            self._tell(job)
 
     # Inputs
 

@@ -739,7 +739,7 @@ async def test_a_running_job_whose_disk_is_full_waits_and_goes_on(folder, fake):
         fake.let_go.set()
         job = await h.ended("a")
         assert (job.state, job.attempts) == ("completed", 1)
-        assert len(fake.requests) == 3
+        assert [request.overwrite for request in fake.requests] == [False, True, True]
         await until_async(lambda: h.jobs.paused is None)
 
 
