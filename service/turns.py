@@ -110,13 +110,24 @@ class Turns:
                 break
             self._taken = False
         self._held_up_since = None
+        began, busy_s = self._clock(), 0.0
         try:
             yield
+        except asyncio.CancelledError:
+            # The model has not heard of it, and works on.
+            busy_s = began + needs_s - self._clock()
+            raise
         finally:
-            self._taken = False
-            if priority == "interactive":
-                self._batch_not_before = self._clock() + RETURN_S
-            self._give()
+            if busy_s > 0:
+                asyncio.get_running_loop().call_later(busy_s, self._back_from, priority)
+            else:
+                self._back_from(priority)
+
+    def _back_from(self, priority: Priority) -> None:
+        self._taken = False
+        if priority == "interactive":
+            self._batch_not_before = self._clock() + RETURN_S
+        self._give()
 
     async def _granted(self, waiting: _Waiting) -> None:
         self._waiting.append(waiting)

@@ -154,6 +154,17 @@ async def test_a_step_that_fails_or_is_cancelled_gives_the_model_back(turns):
         pass
 
 
+@virtual
+async def test_after_a_step_that_was_cancelled_the_model_is_given_on_when_it_is_free(turns):
+    diary = Diary(turns)
+    cancelled = asyncio.create_task(diary.job("a", "batch", 0.1))
+    await asyncio.sleep(0.03)
+    cancelled.cancel()
+    began = now()
+    await diary.job("b", "batch", 0.1)
+    assert diary.steps[0][1] - began == pytest.approx(0.1 * MARGIN - 0.03, abs=1e-6)
+
+
 # Beside live sessions.
 
 
