@@ -109,8 +109,7 @@ class Sessions:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._engine, self._inputs = settings, engine, inputs
-        self._turns, self._hub, self._voice, self._clock = turns, hub, voice, clock
+        self._house = _House(settings, engine, inputs, turns, hub, voice, clock, self._who_sends_to)
         self._sessions: dict[str, Session] = {}
         self._reserved: set[str] = set()
         """Ids of sessions whose command is being looked into."""
@@ -119,7 +118,7 @@ class Sessions:
 
     def use(self, settings: Settings) -> None:
         """Go on with these; sessions that are open keep theirs."""
-        self._settings = settings
+        self._house = dataclasses.replace(self._house, settings=settings)
 
     async def open(self, command: OpenSession) -> Session:
         """Begin a session. It is opening when this returns; its status and the hub say what becomes of it.
@@ -132,17 +131,7 @@ class Sessions:
         self._reserved.add(id)
         try:
             image = await self._picture(command.image)
-            session = Session(
-                id,
-                _Person(image, command.prompt, command.seed),
-                self._settings,
-                self._engine,
-                self._inputs,
-                self._turns,
-                self._hub,
-                self._voice,
-                self._clock,
-            )
+            session = Session(id, _Person(image, command.prompt, command.seed), self._house)
             for target in command.outputs:
                 await session.add_output(target)
             if self._closing:
@@ -167,7 +156,7 @@ class Sessions:
     async def close_all(self) -> None:
         """Close every session within daemon.shutdown_s, and open none any more."""
         self._closing = True
-        limit_s = max(0.0, self._settings.daemon.shutdown_s - CUT_OFF_S)
+        limit_s = max(0.0, self._house.settings.daemon.shutdown_s - CUT_OFF_S)
         await asyncio.gather(*(session.close(limit_s) for session in self.list()))
 
     def _check_room(self, id: str) -> None:
@@ -175,18 +164,22 @@ class Sessions:
             raise _ending()
         if id in self._sessions or id in self._reserved:
             raise Refusal("conflict", f"session {id}: there is one of this id; choose another, or none")
-        limit = self._settings.sessions.limit
+        limit = self._house.settings.sessions.limit
         if len(self._sessions) + len(self._reserved) >= limit:
             raise Refusal("full", f"{_count(limit, 'session')} on air, which is the limit; close one", 5.0)
-        if self._engine.state == "ended":
+        if self._house.engine.state == "ended":
             raise Refusal("unavailable", "the model's process has ended for good; see the log of the daemon")
 
     async def _picture(self, source: Source | None) -> NDArray[np.uint8]:
+        house = self._house
         if source is not None:
-            path = await self._inputs.fetch(source, "image")
+            path = await house.inputs.fetch(source, "image")
         else:
-            path = self._settings.daemon.image or example("presenter.png")
-        return await _read(path, self._settings)
+            path = house.settings.daemon.image or example("presenter.png")
+        return await _read(path, house.settings)
+
+    def _who_sends_to(self, target: str) -> str | None:
+        return next((session.id for session in self._sessions.values() if session.sends_to(target)), None)
 
     def _forget(self, session: Session) -> None:
         """It is over."""
@@ -195,6 +188,20 @@ class Sessions:
         self._ends[session.id] = f": {error}" if error else ""
         while len(self._ends) > ENDS:
             self._ends.popitem(last=False)
+
+
+@dataclass(frozen=True)
+class _House:
+    """What all sessions share. who_sends_to: the id of the session that has an output of this target."""
+
+    settings: Settings
+    engine: Engine
+    inputs: Inputs
+    turns: Turns
+    hub: Hub
+    voice: Voice | None
+    clock: Callable[[], float]
+    who_sends_to: Callable[[str], str | None]
 
 
 @dataclass
@@ -237,35 +244,25 @@ class Session:
     error: why it failed, in one line.
     """
 
-    def __init__(
-        self,
-        id: str,
-        person: _Person,
-        settings: Settings,
-        engine: Engine,
-        inputs: Inputs,
-        turns: Turns,
-        hub: Hub,
-        voice: Voice | None,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, id: str, person: _Person, house: _House) -> None:
         self.id = id
         self.error: str | None = None
         self._person = person
-        self._settings, self._engine, self._inputs = settings, engine, inputs
-        self._turns, self._hub, self._voice, self._clock = turns, hub, voice, clock
+        self._settings, self._engine, self._inputs = house.settings, house.engine, house.inputs
+        self._turns, self._hub, self._voice, self._clock = house.turns, house.hub, house.voice, house.clock
+        self._who_sends_to = house.who_sends_to
         self._state: State = "opening"
         self._why_closed: str | None = None
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._live: LiveSession | None = None
         self._models: weakref.WeakSet[EngineSession] = weakref.WeakSet()
-        self._view = ViewSink(self._want_keyframe, clock)
+        self._view = ViewSink(self._want_keyframe, self._clock)
         self._outputs: dict[str, _Output] = {}
         self._last_status: dict[str, Any] | None = None
-        self._speaking = Speaking(id, settings.live.waiting_s, clock)
+        self._speaking = Speaking(id, self._settings.live.waiting_s, self._clock)
         self._changing = False
-        self._used_at = clock()
+        self._used_at = self._clock()
 
     # Its life
 
@@ -327,6 +324,8 @@ class Session:
         with self._turns.live(self._quiet_s):
             spec = await or_stop(self._stop, self._engine.ready())
             reference = await asyncio.to_thread(self._reference, self._person, spec.width, spec.height)
+            # Of what may have been 80 megapixels nothing else is needed.
+            self._person.image = reference.image
             self._live = LiveSession(
                 self._speaking.source,
                 self._open_model,
@@ -343,6 +342,7 @@ class Session:
                 await self._live.run(self._stop)
             finally:
                 watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
 
     async def _end(self) -> None:
         """Let go of everything. How it stood is told last."""
@@ -352,14 +352,17 @@ class Session:
         for lane in lanes:
             lane.close(complete=False)
         try:
-            await asyncio.gather(
-                self._view.close(complete=False),
-                *(lane.wait_closed() for lane in lanes),
-                *(model.close() for model in list(self._models)),
-                return_exceptions=True,
-            )
-            for output in self._outputs.values():
-                await output.clear()
+            async with asyncio.timeout(CUT_OFF_S):
+                await asyncio.gather(
+                    self._view.close(complete=False),
+                    *(lane.wait_closed() for lane in lanes),
+                    *(model.close() for model in list(self._models)),
+                    return_exceptions=True,
+                )
+                for output in self._outputs.values():
+                    await output.clear()
+        except TimeoutError:
+            log.warning("session %s: an output does not close, and is left", self.id)
         finally:
             self._state = "closed" if self.error is None else "failed"
             self._last_status = self.status()
@@ -395,7 +398,9 @@ class Session:
         )
 
     def _quiet_s(self) -> float:
-        """0 until it is on air: to open is a matter of being there soon."""
+        """0 until it is on air, since somebody waits for it; for ever while its files are finished."""
+        if self._stop.is_set():
+            return math.inf
         return self._live.quiet_s if self._live is not None else 0.0
 
     def _want_keyframe(self) -> None:
@@ -502,7 +507,7 @@ class Session:
             reference = await asyncio.to_thread(self._reference, person, spec.width, spec.height)
             self._check_open()
             await or_stop(self._stop, self._live.set(reference))
-            self._person = person
+            self._person = dataclasses.replace(person, image=reference.image)
         except Stopped:
             self._check_open()
         finally:
@@ -534,6 +539,10 @@ class Session:
                 return output.path.parent
         return None
 
+    def sends_to(self, target: str) -> bool:
+        """Whether it has this output. target: as `Inputs.check_target` gives it."""
+        return any(output.target == target for output in self._outputs.values())
+
     async def add_output(self, target: str) -> str:
         """Send it to one more place: as after `--to`, or hls:NAME for a playlist in a folder of its own.
 
@@ -552,8 +561,8 @@ class Session:
         self._check_open()
         if len(self._outputs) >= OUTPUTS:
             raise Refusal("full", f"session {self.id}: has {OUTPUTS} outputs, which is the limit; remove one")
-        if any(output.target == checked for output in self._outputs.values()):
-            raise Refusal("conflict", f"{redacted(target)}: session {self.id} goes there already")
+        if (other := self.id if self.sends_to(checked) else self._who_sends_to(checked)) is not None:
+            raise Refusal("conflict", f"{redacted(target)}: session {other} is sent there already")
         name = self._name(target)
         try:
             output = _Output(name, checked, self._lane(checked, playlist is not None), playlist is not None)

@@ -25,6 +25,7 @@ from PIL import Image
 from waiting import until_async
 
 from audio.chunk import AudioChunk
+from service.addresses import Resolve, look_up
 from service.commands import OpenSession, Refusal, Source
 from service.config import Settings, load_settings
 from service.hub import Hub, News
@@ -53,13 +54,16 @@ async def engine() -> AsyncIterator[Engine]:
 class Place:
     """Sessions over an engine, with all they were told to the hub in `news`."""
 
-    def __init__(self, folder: Path, engine: Engine, *assignments: str, voice: Any = None) -> None:
+    def __init__(
+        self, folder: Path, engine: Engine, *assignments: str, voice: Any = None, resolve: Resolve = look_up
+    ) -> None:
         self.outputs = folder / "outputs"
         self.settings: Settings = load_settings(
             None,
             [f"model.name={TOY}", f"daemon.state={folder / 'state'}", f"daemon.outputs={self.outputs}", *assignments],
         )
-        self.hub, self.inputs, self.turns = Hub(), Inputs(self.settings), Turns()
+        self.hub, self.turns = Hub(), Turns()
+        self.inputs = Inputs(self.settings, resolve=resolve)
         self.news: list[News] = []
         self.sessions = Sessions(self.settings, engine, self.inputs, self.turns, self.hub, voice)
 
@@ -635,8 +639,7 @@ async def test_an_outputs_server_that_moves_into_a_private_network_is_not_called
         return [next(answers, "127.0.0.1")]
 
     server = await asyncio.start_server(lambda *_: called.append(1), "127.0.0.1", 0)
-    async with Place(tmp_path, engine) as place, server:
-        place.inputs = place.sessions._inputs = Inputs(place.settings, resolve=resolve)
+    async with Place(tmp_path, engine, resolve=resolve) as place, server:
         session = await place.on_air()
         port = server.sockets[0].getsockname()[1]
         await session.add_output(f"rtmp://moves.example:{port}/live/KEY")
@@ -649,6 +652,16 @@ async def test_only_so_many_outputs(engine, tmp_path):
     async with Place(tmp_path, engine) as place:
         session = await place.sessions.open(OpenSession(outputs=tuple(f"{number}.mp4" for number in range(16))))
         assert (await refused(session.add_output("more.mp4"))).reason == "full"
+
+
+async def test_two_sessions_do_not_go_to_the_same_place(engine, tmp_path):
+    async with Place(tmp_path, engine) as place:
+        await place.sessions.open(OpenSession(id="first", outputs=("a.mp4",)))
+        again = await refused(place.sessions.open(OpenSession(outputs=("a.mp4",))))
+        assert again.reason == "conflict"
+        assert "first" in str(again)
+        other = await place.sessions.open(OpenSession(outputs=("b.mp4",)))
+        assert (await refused(other.add_output("a.mp4"))).reason == "conflict"
 
 
 async def test_jobs_are_told_when_a_session_needs_the_engine(engine, tmp_path):
