@@ -158,16 +158,15 @@ async def render(
         await asyncio.to_thread(cover, picture, spec.width, spec.height), request.prompt, request.seed
     )
     costs = _costs_on(engine)
-    session, checkpoint = await or_stop(stop, _begin(engine, reference, folder, turn, costs))
-    work = _Work(
-        request, settings, spec, sound, session, folder, checkpoint, turn, costs, on_progress, segment_s, clock
-    )
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        session, checkpoint = await or_stop(stop, _begin(engine, reference, folder, turn, costs, stack))
+        work = _Work(
+            request, settings, spec, sound, session, folder, checkpoint, turn, costs, on_progress, segment_s, clock
+        )
+        stack.push_async_callback(work.close)
         await or_stop(stop, work.make())
         # From here on it is sooner done than undone.
         return await work.finish()
-    finally:
-        await work.close()
 
 
 def discard(request: RenderRequest) -> None:
@@ -368,15 +367,21 @@ async def _open(request: RenderRequest, settings: Settings) -> tuple[NDArray[np.
 
 
 async def _begin(
-    engine: Engine, reference: Reference, folder: _Folder, turn: Turn, costs: _Costs
+    engine: Engine,
+    reference: Reference,
+    folder: _Folder,
+    turn: Turn,
+    costs: _Costs,
+    stack: contextlib.AsyncExitStack,
 ) -> tuple[EngineSession, _Checkpoint | None]:
-    """A session at the last checkpoint, or at the beginning with nothing left of what was there."""
+    """A session at the last checkpoint, or at the beginning with nothing left of what was there; `stack` closes it."""
     point = await asyncio.to_thread(folder.load)
     async with turn(costs.open_s):
         if point is not None:
             checkpoint, state = point
             try:
                 session = await engine.open(reference, resume=(checkpoint.blocks, state))
+                stack.push_async_callback(session.close)
                 return session, checkpoint
             except EngineError:
                 raise
@@ -384,6 +389,7 @@ async def _begin(
                 log.warning("%s: cannot be gone on with (%s); beginning anew", folder.path, error)
         await asyncio.to_thread(folder.clear)
         session = await engine.open(reference)
+        stack.push_async_callback(session.close)
     costs.open_s = session.busy_s
     return session, None
 
@@ -456,7 +462,6 @@ class _Work:
 
     async def close(self) -> None:
         """Let go of everything but the files."""
-        await self._session.close()
         self._original.close()
         for encoder in (self._sound_encoder, self._encoder):
             if encoder is not None:
