@@ -60,6 +60,8 @@ UPLOAD_PARTS = 64
 UPLOAD_WAIT_S = 5.0
 TELLERS = 8
 """States and results on their way at once: each waits for the broker to have it."""
+BREAKS = 4
+"""Times a connection ends over the pieces of one file; then the broker does not take such pieces."""
 KEPT_S = 3600
 """For which the broker keeps the state of what has ended."""
 PROGRESS_EVERY_S = 0.5
@@ -76,7 +78,7 @@ log = logging.getLogger(__name__)
 async def serve_mqtt(app: App) -> None:
     """Take jobs and commands from the broker in the settings, and tell it what becomes of them, until cancelled.
 
-    Raises: ConfigError: a password, certificate or the state folder cannot be used. Whatever a broker does is no error.
+    Whatever a broker does is no error. Raises: ConfigError: a password or a certificate cannot be used; LedgerError.
     """
     login = await asyncio.to_thread(Login.read, app.settings)
     ledger = await Ledger.open(app.settings.daemon.state)
@@ -130,6 +132,7 @@ class _Mqtt:
         self._uploads: dict[str, _Upload] = {}
         self._progress: dict[str, tuple[float, Body]] = {}
         self._refusals: dict[int, Refusal] = {}
+        self._breaks: dict[int, int] = {}
 
     @property
     def _has_address(self) -> bool:
@@ -463,22 +466,31 @@ class _Mqtt:
                 await self._ledger.tell(debt.n)
 
     async def _tell_result(self, connection: Connection, debt: Debt, job: Job, body: Body) -> None:
-        body = body | {"result": self._result_of(job, debt.result)}
+        kind, breaks = debt.result, self._breaks.get(debt.n, 0)
+        if kind == "payload" and breaks >= BREAKS:
+            # Or it would end every connection from now on, and nobody would be told anything.
+            kind = "url" if self._has_address else "path"
+            log.warning("mqtt: job %s: the broker does not take its file in pieces; it is told as %s", job.id, kind)
+        body = body | {"result": self._result_of(job, kind)}
         if debt.asker.topic:
             await self._answers.publish(connection, debt.asker, "", body)
-        if debt.result != "payload" or job.result is None:
-            return
-        total = chunk_count(job.result["bytes"])
+        if kind == "payload" and job.result is not None:
+            self._breaks[debt.n] = breaks + 1
+            await self._tell_pieces(connection, debt, job, job.result)
+        self._breaks.pop(debt.n, None)
+
+    async def _tell_pieces(self, connection: Connection, debt: Debt, job: Job, result: Body) -> None:
+        topic, total = f"jobs/{job.id}/result", chunk_count(result["bytes"])
         try:
             path = self._app.jobs.result_path(job)
             for index in range(total):
                 piece = await asyncio.to_thread(read_chunk, path, index)
-                head = {"id": job.id, "index": index, "total": total, "sha256": job.result["sha256"]}
-                await self._answers.publish(connection, debt.asker, f"jobs/{job.id}/result", head, piece)
+                head = {"id": job.id, "index": index, "total": total, "sha256": result["sha256"]}
+                await self._answers.publish(connection, debt.asker, topic, head, piece)
         except (OSError, Refusal) as error:
             log.warning("mqtt: job %s: its file cannot be read: %s", job.id, error)
             gone = {"id": job.id, "state": "failed", "error": "its file was deleted or cannot be read"}
-            await self._answers.publish(connection, debt.asker, f"jobs/{job.id}/result", gone)
+            await self._answers.publish(connection, debt.asker, topic, gone)
 
     def _result_of(self, job: Job, kind: str) -> Body | None:
         """A finished job's file, and where it is to be had."""

@@ -373,6 +373,9 @@ def _explain(error: aiomqtt.MqttError, login: Login, soon: bool) -> str:
         return f"the connection was lost{why}"
     if code == TAKEN_OVER:
         return f"another client came as {login.client_id}; give each daemon a mqtt.client_id of its own"
+    if login.tls is not None and not login.settings.cert_file and "timed out" in str(cause):
+        # A broker that wants one and gets none leaves without a word.
+        return f"does not answer ({cause}); does it want a client certificate (mqtt.cert_file)?"
     if "CERTIFICATE_VERIFY_FAILED" in str(cause):
         return f"has a certificate that is not trusted ({cause}); see mqtt.ca_file and mqtt.host"
     return str(cause).strip() or type(cause).__name__

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from audio.errors import AvatardError
 from service.commands import SubmitJob
 from service.mqtt_messages import Asker, Body, ResultKind, Submission
 
 R = TypeVar("R")
 
-SCHEMA = """
+VERSION = 1
+SCHEMA = f"""
+PRAGMA user_version = {VERSION};
 CREATE TABLE IF NOT EXISTS owed (
     n INTEGER PRIMARY KEY AUTOINCREMENT,
     job TEXT NOT NULL,
@@ -34,6 +37,10 @@ CREATE TABLE IF NOT EXISTS owed (
 );
 CREATE INDEX IF NOT EXISTS owed_by_job ON owed (job);
 """
+
+
+class LedgerError(AvatardError):
+    """The ledger cannot be opened: which file, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +67,27 @@ class Ledger:
 
     So the broker may forget a message as soon as it is here, however long its picture takes to fetch; and what a
     daemon or a broker missed while it was away is told afterwards. One connection in one thread; every change is on
-    the disk when its call returns. Raises, everywhere: sqlite3.Error: the disk is full or broken.
+    the disk when its call returns. Raises, once it is open: sqlite3.Error: the disk is full or broken.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Blocks."""
+        """Blocks. Raises: LedgerError."""
         path = Path(os.path.expanduser(folder)) / "mqtt.sqlite"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mqtt ledger")
-        self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = FULL")
-        self._database.executescript(SCHEMA)
+        try:
+            self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if version > VERSION:
+                raise LedgerError(f"{path}: was written by a later version of avatard; use that one")
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise LedgerError(f"{path}: cannot be used ({error}); mend it, or move it away") from error
 
     @classmethod
     async def open(cls, folder: Path) -> Ledger:
-        """The one in a folder, which is there."""
+        """The one in a folder, which is there. Raises: LedgerError."""
         return await asyncio.to_thread(cls, folder)
 
     async def close(self) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import socket
 import sqlite3
 import ssl
 import sys
@@ -34,8 +35,8 @@ from service.commands import OpenSession, Refusal, SubmitJob
 from service.config import ConfigError, Settings, load_settings
 from service.hub import Hub
 from service.mqtt import serve_mqtt
-from service.mqtt_broker import Inbox, TooLong
-from service.mqtt_ledger import Ledger
+from service.mqtt_broker import Inbox, Login, TooLong
+from service.mqtt_ledger import Ledger, LedgerError
 from service.mqtt_messages import Submission, Topics, encode, read_asker, read_object, read_submission
 
 pytestmark = pytest.mark.needs("mosquitto")
@@ -535,6 +536,18 @@ async def test_a_result_comes_in_pieces_that_can_be_put_together(tmp_path, broke
         assert hashlib.sha256(whole).hexdigest() == told.head["result"]["sha256"] == pieces[0].head["sha256"]
 
 
+async def test_a_broker_that_takes_no_such_pieces_is_told_where_the_file_is(tmp_path):
+    with Mosquitto(tmp_path / "broker", lines="max_packet_size 100000\n") as broker:
+        async with Daemon(tmp_path / "d", broker) as daemon, Caller(broker, "bot/#", "avatar/#") as bot:
+            await bot.hears("avatar/available")
+            await bot.say("avatar/jobs/submit", {"id": "one", "text": "hello", "result": "payload"}, "bot/answers")
+            await bot.hears_state("bot/answers", "queued")
+            daemon.jobs.becomes("one", "completed", bytes(300_000))
+            told = await bot.hears("bot/answers", lambda heard: (heard.head.get("result") or {}).get("kind") == "url")
+            assert told.head["state"] == "completed"
+            await settled(tmp_path / "d")
+
+
 async def test_a_result_is_told_as_a_path_where_there_is_no_http_server(tmp_path, broker):
     async with (
         Daemon(tmp_path / "d", broker, "http.enabled=false") as daemon,
@@ -819,7 +832,8 @@ async def test_settings_that_no_broker_could_mend_end_the_trigger_with_one_line(
 
 
 @pytest.mark.needs("openssl")
-async def test_over_tls_both_sides_show_who_they_are(tmp_path, caplog):
+async def test_over_tls_both_sides_show_who_they_are(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(mqtt_broker, "ANSWER_S", 2.0)
     with Mosquitto(tmp_path / "broker", tls=True, client_certificates=True) as broker:
         mine = [f"mqtt.cert_file={broker.client_cert}", f"mqtt.key_file={broker.client_key}"]
         trusted = f"mqtt.ca_file={broker.ca}"
@@ -835,7 +849,7 @@ async def test_over_tls_both_sides_show_who_they_are(tmp_path, caplog):
         async with Daemon(tmp_path / "d", broker, "mqtt.tls=true", *mine):
             await until_async(lambda: any("not trusted" in text for text in caplog.messages))
         async with Daemon(tmp_path / "d", broker, "mqtt.tls=true", trusted):
-            await until_async(lambda: any("trying again" in text for text in caplog.messages[1:]))
+            await until_async(lambda: any("want a client certificate" in text for text in caplog.messages))
 
 
 # Daemons that fail
@@ -882,6 +896,25 @@ async def test_nothing_is_acknowledged_before_it_is_on_the_disk(tmp_path, broker
             await bot.say("avatar/jobs/submit", {"id": "two", "text": "hello"}, "bot/two")
             await bot.hears_state("bot/two", "queued")
             assert list(daemon.jobs.jobs) == ["two"]
+
+
+async def test_a_ledger_that_cannot_be_read_is_told_in_one_line(tmp_path, broker):
+    daemon = Daemon(tmp_path / "d", broker)
+    (tmp_path / "d" / "mqtt.sqlite").write_bytes(b"something else, which is no database" * 100)
+    with pytest.raises(LedgerError, match=r"mqtt\.sqlite: cannot be used"):
+        await serve_mqtt(daemon.app)
+    (tmp_path / "d" / "mqtt.sqlite").unlink()
+    with contextlib.closing(sqlite3.connect(tmp_path / "d" / "mqtt.sqlite")) as database:
+        database.execute("PRAGMA user_version = 99")
+    with pytest.raises(LedgerError, match="later version"):
+        await serve_mqtt(daemon.app)
+
+
+async def test_small_messages_do_not_wait_for_larger_ones(tmp_path, broker):
+    daemon = Daemon(tmp_path / "d", broker)
+    async with mqtt_broker.new_client(Login.read(daemon.settings), "avatar/available") as client:
+        connected = client._client.socket()
+        assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_a_message_that_ends_the_daemon_each_time_is_refused_in_the_end(tmp_path, broker):
