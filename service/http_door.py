@@ -20,7 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocketDisconnect
+from starlette.websockets import WebSocketDisconnect, WebSocketDisconnected
 
 from service.app import App
 from service.commands import Refusal
@@ -47,6 +47,8 @@ BODY_BYTES_PER_S = 2_000
 SUBPROTOCOL = "avatard"
 BEARER_SUBPROTOCOL = "bearer."
 
+CLIENT_GONE = (ClientDisconnect, WebSocketDisconnect, WebSocketDisconnected)
+"""What is raised where there is nobody to read from or to send to any more; clients leave when they like."""
 CLIENT_LEFT = 499
 """The status, in metrics alone, of what nobody waited for; nginx calls it so."""
 
@@ -77,7 +79,7 @@ class Door:
                 await _turned_away(error)(scope, receive, visit.send)
             else:
                 await self._inner(scope, visit.receive, visit.send)
-        except (ClientDisconnect, WebSocketDisconnect):
+        except CLIENT_GONE:
             visit.status = visit.status or CLIENT_LEFT
         except Exception:
             visit.status = visit.status or 500

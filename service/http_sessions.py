@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote
 
-from fastapi import FastAPI, Path, Query, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi import FastAPI, Path, Query, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.types import Receive, Scope, Send
@@ -20,7 +20,7 @@ from audio.source import SourceClosed
 from service.app import App
 from service.commands import ID, AddOutput, Change, OpenSession, Refusal, Say, complaint
 from service.http_answers import file_answer, needs, news_body, problems, refused
-from service.http_door import SUBPROTOCOL
+from service.http_door import CLIENT_GONE, SUBPROTOCOL
 from service.hub import News
 
 if TYPE_CHECKING:
@@ -340,8 +340,7 @@ async def _first_of(*work: Coroutine[Any, Any, None]) -> None:
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            # A socket whose peer has left cannot be sent to: that is its end, and no error.
-            with contextlib.suppress(WebSocketDisconnect):
+            with contextlib.suppress(*CLIENT_GONE):
                 task.result()
     finally:
         for task in tasks:
@@ -378,15 +377,13 @@ class _Speaker:
             self._left.set()
 
     async def run(self, feed: Feed | None) -> None:
-        """Until one side has had enough. A client that leaves does so whenever it likes, and that is no error."""
-        with self._app.hub.listen() as news, contextlib.suppress(WebSocketDisconnect):
+        """Until one side has had enough."""
+        with self._app.hub.listen() as news, contextlib.suppress(*CLIENT_GONE):
             feed = feed or await self._first_message()
             if feed is not None:
                 await self._tell("ready", **self._session.status())
                 await _first_of(self._read(), self._carry_out(feed), self._report(news), self._wait_to_leave())
-            code, why = self._why
-            with contextlib.suppress(RuntimeError):  # what Starlette raises where the client has closed it
-                await self._socket.close(code, why)
+            await self._socket.close(*self._why)
 
     async def _first_message(self) -> Feed | None:
         try:

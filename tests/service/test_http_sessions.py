@@ -394,7 +394,10 @@ def fuzz(tmp_path, examples):
             with contextlib.suppress(ConnectionClosed):
                 for message in ([] if first is None else [first]) + messages:
                     await socket.send(message)
+                    # Something to tell, at whatever moment.
+                    app.hub.tell("session", "one", "speaking")
                 await socket.send('{"type": "end"}')
+        app.hub.tell("session", "one", "idle")
         assert socket.close_code in (1000, 1001, 1007, 1008)
 
     with asyncio.Runner() as runner:
