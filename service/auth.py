@@ -120,7 +120,7 @@ class Keys:
         """Whose token that is; counts the request.
 
         token: its bare text, None when none was sent; address: whence it came, for the limits.
-        Raises: Refusal: unauthorised; full, with retry_s, when this token (or address, without tokens) asked too
+        Raises: Refusal: unauthorised; busy, with retry_s, when this token (or address, without tokens) asked too
         often, or this address guessed too often: then no token is looked at, not even a right one.
         """
         place = f"address {_place(address)}"
@@ -156,19 +156,19 @@ class _Limit:
         self._limiter = FixedWindowRateLimiter(self._counts)
 
     def count(self, name: str) -> None:
-        """One more. Raises: Refusal: full: it was one too many."""
+        """One more. Raises: Refusal: busy: it was one too many."""
         if not self._limiter.hit(self._limit, name):
             raise self._refusal(name)
 
     def check(self, name: str) -> None:
-        """Raises: Refusal: full: one more would be too many."""
+        """Raises: Refusal: busy: one more would be too many."""
         if not self._limiter.test(self._limit, name):
             raise self._refusal(name)
 
     def _refusal(self, name: str) -> Refusal:
         retry_s = max(self._counts.left_s(self._limit.key_for(name)), 1.0)
         what = f"more than {self._limit.amount} {self._what} in a minute"
-        return Refusal("full", f"{what}; come again in {retry_s:.0f} s", retry_s)
+        return Refusal("busy", f"{what}; come again in {retry_s:.0f} s", retry_s)
 
 
 class _Counts(Storage):

@@ -101,13 +101,7 @@ class Door:
         if path in OPEN or path.startswith(OPEN_BELOW):
             return
         address = scope["client"][0] if scope.get("client") else ""
-        try:
-            principal = self._app.keys.identify(_token(scope, headers), address)
-        except Refusal as error:
-            if error.reason != "full":
-                raise
-            # It is this caller that asks too often, and nobody else has to wait.
-            raise Refusal("busy", str(error), error.retry_s) from error
+        principal = self._app.keys.identify(_token(scope, headers), address)
         scope.setdefault("state", {})["principal"] = principal
 
     def _check_names(self, scope: Scope, headers: Headers) -> None:

@@ -213,7 +213,7 @@ def test_who_asks_too_often_has_to_wait_and_nobody_else(keys, clock):
     for _ in range(10):
         keys.identify(BOT, HERE)
     error = refusal(keys.identify, BOT, "192.0.2.8")
-    assert error.reason == "full"
+    assert error.reason == "busy"
     assert error.retry_s == pytest.approx(60)
     keys.identify(ROOT, HERE)
     clock.now += 59
@@ -226,7 +226,7 @@ def test_who_guesses_has_to_wait_even_with_the_right_token(keys, clock):
     for _ in range(3):
         assert refusal(keys.identify, "guess", HERE).reason == "unauthorised"
     for token in ("guess", BOT):
-        assert refusal(keys.identify, token, HERE).reason == "full"
+        assert refusal(keys.identify, token, HERE).reason == "busy"
     keys.identify(BOT, "192.0.2.8")
     clock.now += 61
     keys.identify(BOT, HERE)
@@ -241,21 +241,21 @@ def test_a_page_that_has_no_token_yet_is_no_guesser(keys):
 def test_the_addresses_of_one_ipv6_customer_are_one(keys):
     for last in range(3):
         refusal(keys.identify, "guess", f"2001:db8:1:2::{last}")
-    assert refusal(keys.identify, BOT, "2001:db8:1:2:ffff::9").reason == "full"
+    assert refusal(keys.identify, BOT, "2001:db8:1:2:ffff::9").reason == "busy"
     keys.identify(BOT, "2001:db8:1:3::1")
 
 
 def test_an_address_is_itself_also_when_written_as_ipv6(keys):
     for _ in range(3):
         refusal(keys.identify, "guess", f"::ffff:{HERE}")
-    assert refusal(keys.identify, BOT, HERE).reason == "full"
+    assert refusal(keys.identify, BOT, HERE).reason == "busy"
 
 
 def test_without_tokens_each_address_is_limited():
     keys = Keys.load(settings(requests_per_minute=2), Clock())
     for _ in range(2):
         keys.identify(None, "127.0.0.1")
-    assert refusal(keys.identify, None, "127.0.0.1").reason == "full"
+    assert refusal(keys.identify, None, "127.0.0.1").reason == "busy"
     keys.identify(None, "127.0.0.2")
 
 
