@@ -35,6 +35,7 @@ PIECE_S = 0.25  # sound given to the resampler at once: large enough that Python
 GAP_S = 0.05  # a smaller hole between two timestamps is jitter of a recorder's clock
 LONGEST_GAP_S = 10.0  # a larger hole is a broken timestamp rather than lost sound
 MAX_CHANNELS = 64
+MAX_PICTURE_PIXELS = 40_000_000  # of a film whose sound is wanted: 8K and a little
 LEAST_BITS_PER_S = 200  # of any codec, silence included: what claims less than this lies about its length
 
 
@@ -219,7 +220,14 @@ def _open(path: Path) -> Iterator[Any]:
         raise AudioError(f"{path}: cannot be read ({_reason(error)}); check its permissions") from error
     with file:
         try:
-            container = av.open(file, "r", container_options={"protocol_whitelist": "none"}, metadata_errors="replace")
+            container = av.open(
+                file,
+                "r",
+                container_options={"protocol_whitelist": "none"},
+                # FFmpeg decodes a picture of each track to learn what it is; a small file may hold an enormous one.
+                options={"max_pixels": str(MAX_PICTURE_PIXELS)},
+                metadata_errors="replace",
+            )
         except (av.error.FFmpegError, ValueError) as error:
             raise AudioError(
                 f"{path}: is not a sound or video file that FFmpeg can open, or it was cut off; "

@@ -23,6 +23,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from mp4 import write_sound
@@ -1040,25 +1041,40 @@ async def test_a_file_is_looked_into_once(make, monkeypatch):
     assert len(looked) == 1
 
 
+def peak_mib(program: str, *arguments: object) -> int:
+    """The most memory that a Python program held, in a process of its own.
+
+    From /proc: what getrusage tells includes the process that started it.
+    """
+    program += "\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
+    return int(done.stdout) // 1024
+
+
 def test_the_largest_picture_that_is_allowed_takes_bounded_memory(tmp_path):
-    """79 million pixels of 16 bits in 150 kB; in a process of its own, whose memory can be told."""
-    program = (
-        "import resource, sys\n"
-        "from PIL import Image\n"
-        "from avatar.picture import read_picture\n"
-        "Image.new('I;16', (8900, 8900), 300).save(sys.argv[1])\n"
-        "read_picture(sys.argv[1])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path / "large.png"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-    )
-    assert int(done.stdout) < 800, "MiB"
+    """79 million pixels of 16 bits in 150 kB."""
+    make_it = "import sys; from PIL import Image; Image.new('I;16', (8900, 8900), 300).save(sys.argv[1]); "
+    read_it = "from avatar.picture import read_picture; read_picture(sys.argv[1])"
+    assert peak_mib(make_it + read_it, tmp_path / "large.png") < 800
+
+
+def test_a_picture_beside_a_sound_takes_no_memory_however_large_it_is(tmp_path):
+    """FFmpeg looks at a picture of each track, and a few kilobytes can be one of 200 million pixels."""
+    path = tmp_path / "film.mov"
+    with av.open(path, "w") as film:
+        pictures, sound = film.add_stream("png", rate=25), film.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        pictures.width = pictures.height = 9000
+        pictures.pix_fmt = "gray"
+        frame = av.VideoFrame.from_ndarray(np.zeros((9000, 9000), np.uint8), "gray")
+        heard = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.int16), "s16", "mono")
+        heard.sample_rate = 16_000
+        film.mux(pictures.encode(frame) + sound.encode(heard) + pictures.encode(None) + sound.encode(None))
+    assert path.stat().st_size < 1e6
+    opens = "import sys; from audio.decode import open_sound; "
+    nothing = peak_mib(opens)
+    assert peak_mib(f"{opens} assert open_sound(sys.argv[1]).sample_rate == 16_000", path) < nothing + 40
 
 
 async def test_few_files_are_decoded_at_once(make, monkeypatch):
