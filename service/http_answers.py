@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import json
 import re
+import stat
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -138,18 +139,25 @@ def _is_range(value: str) -> bool:
     return found is not None and (found[2] is None or int(found[1]) <= int(found[2]))
 
 
-def file_answer(request: Request, path: Path, *, download: bool = True, media_type: str | None = None) -> Response:
+async def file_answer(
+    request: Request,
+    path: Path,
+    *,
+    missing: str = "the file is not there, or no more",
+    download: bool = True,
+    media_type: str | None = None,
+) -> Response:
     """A file or the range of it that is asked for; If-Range is honoured.
 
     A Range that is none, or that comes with another method than GET, counts as none (RFC 9110, 14.2).
-    Raises: Refusal: there is no such file.
+    Raises: Refusal: there is no such file; said in the words of `missing`.
     """
     try:
-        stat = path.stat()
-    except OSError:
-        stat = None
-    if stat is None or not path.is_file():
-        raise Refusal("not found", "Task result file does not exist")
+        found = await asyncio.to_thread(path.stat)
+    except OSError as error:
+        raise Refusal("not found", missing) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise Refusal("not found", missing)
     given = request.headers.get("range")
     if given is not None and (request.method != "GET" or not _is_range(given)):
         headers = [header for header in request.scope["headers"] if header[0] != b"range"]
@@ -158,7 +166,7 @@ def file_answer(request: Request, path: Path, *, download: bool = True, media_ty
         path,
         media_type=media_type,
         filename=path.name,
-        stat_result=stat,
+        stat_result=found,
         content_disposition_type="attachment" if download else "inline",
         headers={"Cache-Control": "private, no-cache"},
     )

@@ -164,7 +164,7 @@ def add_job_routes(http: FastAPI, app: App) -> None:
             job = await app.jobs.get(id)
             if job.state != "completed":
                 raise Refusal("conflict", f"job {id}: is {job.state}, and has no result")
-            return file_answer(request, app.jobs.result_path(job))
+            return await file_answer(request, app.jobs.result_path(job))
 
     stream: Responses = {
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events"}

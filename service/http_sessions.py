@@ -231,7 +231,7 @@ def add_session_routes(http: FastAPI, app: App) -> None:
         folder = app.sessions.get(id).hls_folder
         if folder is None:
             raise Refusal("not found", f"session {id}: has no HLS output; add hls:NAME as an output")
-        return file_answer(request, folder / file, download=False, media_type=HLS_TYPES[file.rpartition(".")[2]])
+        return await file_answer(request, folder / file, download=False, media_type=HLS_TYPES[file.rpartition(".")[2]])
 
     @http.websocket("/v1/sessions/{id}/audio", dependencies=[live])
     async def audio(

@@ -293,10 +293,7 @@ def add_lightx2v_routes(http: FastAPI, app: App) -> None:
         job = await _task(app, id)
         if job.state != "completed":
             raise HTTPException(404, "Task not completed")
-        path = app.jobs.result_path(job)
-        if not path.is_file():
-            raise HTTPException(404, "Task result file does not exist")
-        return file_answer(request, path)
+        return await file_answer(request, app.jobs.result_path(job), missing="Task result file does not exist")
 
     @http.delete("/v1/tasks/all/running", tags=["LightX2V"], dependencies=[jobs], responses=problems())
     @http.delete("/v1/tasks/running", dependencies=[jobs], include_in_schema=False)
@@ -359,9 +356,7 @@ def add_lightx2v_routes(http: FastAPI, app: App) -> None:
             file = app.inputs.allowed_output(path)
         except Refusal:
             raise HTTPException(403, "Access to this file is not allowed") from None
-        if not file.is_file():
-            raise HTTPException(404, f"File not found: {path}")
-        return file_answer(request, file)
+        return await file_answer(request, file, missing=f"File not found: {path}")
 
 
 # Tasks as jobs

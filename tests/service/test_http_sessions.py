@@ -426,6 +426,6 @@ def test_no_message_makes_it_crash(tmp_path, caplog):
 
 @pytest.mark.slow
 def test_no_message_out_of_many_makes_it_crash(tmp_path, caplog):
-    """Two minutes."""
+    """Half a minute."""
     fuzz(tmp_path, 3000)
     assert "Traceback" not in caplog.text
