@@ -255,6 +255,7 @@ class Session:
         self._why_closed: str | None = None
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._on_end: Callable[[Session], None] = lambda session: None
         self._live: LiveSession | None = None
         self._models: weakref.WeakSet[EngineSession] = weakref.WeakSet()
         self._view = ViewSink(self._want_keyframe, self._clock)
@@ -267,10 +268,10 @@ class Session:
     # Its life
 
     def start(self, on_end: Callable[[Session], None]) -> None:
-        """Go on air. on_end: called once it is over."""
+        """Go on air. on_end: called once it is over, just before the hub is told."""
+        self._on_end = on_end
         self._tell("opening")
         self._task = asyncio.create_task(self._run(), name=f"session {self.id}")
-        self._task.add_done_callback(lambda _: on_end(self))
 
     async def close(self, limit_s: float = FINISH_S) -> dict[str, Any]:
         """End the session, finish its files, and tell how it stood in the end. What takes longer is cut off."""
@@ -366,6 +367,7 @@ class Session:
         finally:
             self._state = "closed" if self.error is None else "failed"
             self._last_status = self.status()
+            self._on_end(self)
             self._tell(self._state, reason=self._why_closed, **self._last_status)
 
     async def _open_model(self, reference: Reference) -> EngineSession:

