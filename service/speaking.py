@@ -33,6 +33,9 @@ TEXTS = 32
 PIECE_S = 0.5
 """Sound that is resampled at once: about a millisecond of work."""
 
+LATER = 64
+"""Ends of utterances and pauses that may wait for their turn; more of them would say nothing new."""
+
 QUIET_S = 0.2
 """After so long without sound from a sender, what its resampler has kept of it is given."""
 
@@ -163,7 +166,7 @@ class Speaking:
             with contextlib.suppress(Refusal):
                 await self.in_turn(bring)
 
-        if not self._over:
+        if not self._over and len(self._later) < LATER:
             task = asyncio.create_task(carry_out(), name=f"last sound for {self._name}")
             self._later.add(task)
             task.add_done_callback(self._later.discard)

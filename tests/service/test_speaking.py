@@ -260,6 +260,20 @@ async def test_too_many_texts_are_refused():
     await asyncio.gather(*work)
 
 
+async def test_a_flood_of_ends_of_utterances_gathers_nothing():
+    speaking, speaker = Speaking("a", 60), Speaker()
+    speaker.hold.clear()
+    text = asyncio.create_task(speaking.say(speaker, "0.2", None))
+    await until_async(lambda: speaker.speaking == 1)
+    for _ in range(10_000):
+        speaking.utterance_ended()
+    assert len(asyncio.all_tasks()) < 200
+    speaker.hold.set()
+    await text
+    await until_async(lambda: not speaking._later)
+    assert order(await heard(speaking)) == pytest.approx([0.2])
+
+
 async def test_a_text_that_breaks_off_is_told_and_the_next_is_spoken():
     speaking, speaker = Speaking("a", 60), Speaker()
     with pytest.raises(Refusal, match="broke"):
