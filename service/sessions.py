@@ -587,8 +587,9 @@ class Session:
         output = self._outputs.pop(name)
         # One that was added just now begins first: what is closed before it begins cannot be begun.
         await asyncio.sleep(0)
-        if self._live is not None and self._state == "on air":
-            self._live.remove_output(name)
+        if self._live is not None:
+            with contextlib.suppress(KeyError):  # it was not on air yet
+                self._live.remove_output(name)
         output.lane.close(complete=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FINISH_S):
@@ -619,10 +620,11 @@ class Session:
     def _output_status(self, output: _Output) -> dict[str, Any]:
         status: LaneStatus = output.lane.status
         error = status.last_error
-        if error is not None:
-            error = (
-                blanked(error, output.target) if output.path is None else error.replace(str(output.path), output.name)
-            )
+        if error is not None and output.path is not None:
+            # Where the folder of results lies is nobody's business.
+            error = error.replace(f"{output.path.parent}/", "")
+        elif error is not None:
+            error = blanked(error, output.target)
         return {key: _plain(value) for key, value in vars(status).items()} | {"last_error": error}
 
     def _tell_outputs(self) -> None:

@@ -45,7 +45,7 @@ MOST_S_PER_CHARACTER, MOST_S = 1.0, 30.0
 MOST_COMPLAINT = 2000
 """Bytes that are read of an answer that is an error."""
 
-VOICE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_+.-]*(/[A-Za-z0-9][A-Za-z0-9_+.-]*)?$"
+VOICE_NAME = r"[A-Za-z0-9][A-Za-z0-9_+.-]*(/[A-Za-z0-9][A-Za-z0-9_+.-]*)?"
 """Of espeak-ng: it takes a path too, and a name may come from anybody."""
 
 CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
@@ -292,7 +292,7 @@ class _Espeak:
         self._section, self._program = section, program
 
     async def speak(self, text: str, voice: str) -> Speech:
-        if voice and not re.match(VOICE_NAME, voice):
+        if voice and not re.fullmatch(VOICE_NAME, voice):
             raise Refusal("invalid", f"voice {ESPEAK}: {voice[:40]!r} is no name of a voice, such as en-gb")
         # It would spell Chinese out in English.
         voice = voice or ("cmn" if CHINESE.search(text) else "")

@@ -317,7 +317,7 @@ async def test_espeak_ng_speaks_chinese_without_being_told():
 
 
 @pytest.mark.needs("espeak-ng")
-@pytest.mark.parametrize("who", ["nosuch", "../../etc/passwd", "-h", "en;ls", "/etc/passwd", "a" * 128])
+@pytest.mark.parametrize("who", ["nosuch", "../../etc/passwd", "-h", "en;ls", "en\n", "/etc/passwd", "a" * 128])
 async def test_a_voice_that_there_is_not_is_refused_in_one_line(who):
     voice = Voice.make(load_settings(None, []))
     assert voice is not None
