@@ -137,13 +137,15 @@ class OpenSession(_Command):
     image: Source | None = None
     prompt: Text | None = None
     seed: Seed | None = None
-    outputs: tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...] = Field((), max_length=16)
+    outputs: tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...] = Field(
+        (), max_length=16, examples=[["hls:main"], ["rtmp://example.org/live/KEY", "show.mp4"]]
+    )
 
 
 class Say(_Command):
     """Speak a text after what is being said; interrupt: in place of it."""
 
-    text: Text = Field(..., min_length=1)
+    text: Text = Field(..., min_length=1, examples=["Good morning."])
     voice: str | None = Field(None, max_length=128)
     interrupt: bool = Field(False, strict=True)
 
@@ -166,7 +168,7 @@ class Change(_Command):
 class AddOutput(_Command):
     """One more place to send a session to."""
 
-    target: str = Field(..., min_length=1, max_length=4096)
+    target: str = Field(..., min_length=1, max_length=4096, examples=["rtmp://example.org/live/KEY", "hls:main"])
 
 
 def complaint(error: ValidationError) -> str:

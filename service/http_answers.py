@@ -45,6 +45,8 @@ KEEP_ALIVE_S = 15.0
 Responses = dict[int | str, dict[str, Any]]
 """What a route may answer, as FastAPI is told."""
 
+LOCATION = {"Location": {"description": "where it is from now on", "schema": {"type": "string"}}}
+
 
 PROBLEM = {
     "title": "Problem",
@@ -74,7 +76,10 @@ MEANING = {
 
 def problems(*codes: int) -> Responses:
     """For a route's `responses`: what everybody may be answered, and these."""
-    return {code: problem(MEANING[code]) for code in sorted({401, 403, 429, 503, *codes})}
+    answers: Responses = {code: problem(MEANING[code]) for code in sorted({401, 403, 429, 503, *codes})}
+    for code in (429, 503):
+        answers[code]["headers"] = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+    return answers
 
 
 def problem(description: str) -> dict[str, Any]:

@@ -13,7 +13,17 @@ from pydantic import BaseModel, Field
 from service.app import App
 from service.auth import Principal
 from service.commands import ID, Refusal, SubmitJob
-from service.http_answers import Events, Responses, event, file_answer, needs, news_body, problems, with_signs_of_life
+from service.http_answers import (
+    LOCATION,
+    Events,
+    Responses,
+    event,
+    file_answer,
+    needs,
+    news_body,
+    problems,
+    with_signs_of_life,
+)
 from service.store import Job
 
 JobId = Annotated[str, Path(pattern=ID, examples=["greeting-1"])]
@@ -104,7 +114,8 @@ def add_job_routes(http: FastAPI, app: App) -> None:
         dependencies=[may_submit],
         responses={
             **problems(400, 404, 408, 409, 413, 422),
-            200: {"model": JobAnswer, "description": "This very job was there already"},
+            200: {"model": JobAnswer, "description": "This very job was there already", "headers": LOCATION},
+            201: {"description": "It is taken", "headers": LOCATION},
         },
     )
     async def submit(

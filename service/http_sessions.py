@@ -19,7 +19,7 @@ from audio.errors import AvatardError
 from audio.source import SourceClosed
 from service.app import App
 from service.commands import ID, AddOutput, Change, OpenSession, Refusal, Say, complaint
-from service.http_answers import file_answer, needs, news_body, problems, refused
+from service.http_answers import LOCATION, file_answer, needs, news_body, problems, refused
 from service.http_door import CLIENT_GONE, SUBPROTOCOL
 from service.hub import News
 
@@ -116,7 +116,7 @@ def add_session_routes(http: FastAPI, app: App) -> None:
         tags=["sessions"],
         status_code=201,
         dependencies=[live],
-        responses=REFUSED,
+        responses={**REFUSED, 201: {"description": "It is opening", "headers": LOCATION}},
     )
     async def open_session(command: OpenSession, response: Response) -> SessionAnswer:
         """Go on air. It is opening when this answers; `state` and the events say when there is a picture."""
