@@ -113,13 +113,13 @@ async def test_who_drips_their_headers_is_cut_off(tmp_path, monkeypatch):
 
 
 async def test_a_connection_is_used_again_and_closed_when_it_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(http_server, "IDLE_S", 0.3)
+    monkeypatch.setattr(http_server, "IDLE_S", 1.5)
     monkeypatch.setattr(http_server, "HEAD_S", 0.2)
     asked = b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     async with served(make_app(tmp_path)) as place, raw(place, asked) as (reader, writer):
         assert (await reader.readuntil(b'"ok"}')).startswith(b"HTTP/1.1 200")
         # Longer than a head may take: between two requests another limit counts.
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(0.4)
         writer.write(asked)
         assert b"200 OK" in await reader.readuntil(b'"ok"}')
         assert await ended(reader) == b""
