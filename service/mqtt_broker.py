@@ -105,7 +105,11 @@ def _kept_name(file: Path) -> str:
             return name
     name = f"avatard-{secrets.token_hex(6)}"
     try:
-        file.write_text(f"{name}\n", encoding="ascii")
+        with file.open("w", encoding="ascii") as opened:
+            opened.write(f"{name}\n")
+            opened.flush()
+            # Under another name it would not get what was kept for it.
+            os.fsync(opened.fileno())
     except OSError as error:
         raise ConfigError(f"{file}: cannot be written ({_reason(error)}); see daemon.state") from error
     return name

@@ -260,7 +260,8 @@ async def settled(folder: Path) -> None:
         with contextlib.closing(sqlite3.connect(folder / "mqtt.sqlite")) as database:
             return not database.execute("SELECT job, topic FROM owed").fetchall()
 
-    await until_async(nothing_owed, what="everybody told")
+    # Longer than one answer of the broker that is lost.
+    await until_async(nothing_owed, 20, "everybody told")
 
 
 @pytest.fixture
@@ -869,7 +870,7 @@ async def test_what_ended_while_the_daemon_was_away_is_told_by_its_next_life(tmp
             told = await bot.hears_state("bot/done", "completed")
             assert told.correlation == b"mine"
             assert (await bot.hears_state("bot/lost", "failed")).head["error_type"] == "lost"
-        await settled(tmp_path / "d")
+            await settled(tmp_path / "d")
 
 
 async def test_nothing_is_acknowledged_before_it_is_on_the_disk(tmp_path, broker, monkeypatch):
