@@ -454,7 +454,7 @@ async def test_a_storm_of_interruptions_harms_nothing(engine, tmp_path):
         session, other = await asyncio.gather(place.on_air(id="a"), place.on_air(id="b"))
         watching = Watching(session)
         senders = []
-        for _ in range(15):
+        for _ in range(10):
             senders = [task for task in senders if not task.done()]
             senders.append(asyncio.create_task(session.push(clicks(0.05, length_s=2.0), RATE)))
             senders.append(asyncio.create_task(session.say("50")))
@@ -467,7 +467,7 @@ async def test_a_storm_of_interruptions_harms_nothing(engine, tmp_path):
         session.utterance_ended()
         await until_async(lambda: session.status()["speaking"], 5)
         await until_async(lambda: not session.status()["speaking"], 5)
-        assert session.status()["interruptions"] == 15
+        assert session.status()["interruptions"] == 10
         assert abs(session.status()["skew_s"]) < 0.041
         assert other.status()["interruptions"] == 0
         await session.close()
@@ -510,13 +510,14 @@ async def test_only_so_many_watch_and_who_leaves_makes_room(engine, tmp_path):
         session.view()
 
 
+@pytest.mark.slow
 async def test_who_does_not_read_neither_holds_up_others_nor_gathers_memory(engine, tmp_path):
     async with Place(tmp_path, engine) as place:
         session = await place.on_air()
         stuck = session.view()
         await anext(stuck)
         watching = Watching(session)
-        await until_async(lambda: watching.seconds > 2.2, 10)
+        await until_async(lambda: watching.seconds > 3, 10)
         assert isinstance(stuck, Viewer)
         assert len(stuck._waiting) < 2 * FPS
         assert stuck.skipped > 0
