@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 LAG_EVERY_S = 0.1
 LAG_WORTH_A_LINE_S = 0.5
+STARTING_S = 2.0
 LINE_EVERY_S = 60.0
 """Between two lines about the same thing."""
 
@@ -312,14 +313,17 @@ class _Daemon:
         """Measure by how much the loop is late; while it turns and the model answers, the watchdog is fed."""
         feed_s = self._systemd.watchdog_s / 3 if self._systemd.watchdog_s else None
         fed = told = -LINE_EVERY_S
+        # What is imported and built until then holds the loop up, and nobody.
+        measured_from = self._clock() + STARTING_S
         while True:
             due = self._clock() + LAG_EVERY_S
             await asyncio.sleep(LAG_EVERY_S)
             now = self._clock()
-            self._metrics.loop_lag(now - due)
-            if now - due > LAG_WORTH_A_LINE_S and now - told > LINE_EVERY_S:
+            late_s = now - due if due > measured_from else 0.0
+            self._metrics.loop_lag(late_s)
+            if late_s > LAG_WORTH_A_LINE_S and now - told > LINE_EVERY_S:
                 told = now
-                log.warning("the event loop stood still for %.1f s; is the machine overloaded?", now - due)
+                log.warning("the event loop stood still for %.1f s; is the machine overloaded?", late_s)
             if feed_s is not None and now - fed >= feed_s and self._engine_answers():
                 fed = now
                 self._systemd.watchdog()

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from audio.errors import AvatardError
 from service.bench import example
 from service.commands import Refusal, SubmitJob
+from service.log import bound
 from service.render import FULL, DiskFull, RenderRequest, RenderResult, Stopped, discard, render
 from service.run import or_stop
 from service.store import Job, JobStore, StoreFull
@@ -258,7 +259,8 @@ class Jobs:
             job = await self.get(job.id)
             if not job.ended:
                 self._tell(job)
-                job = await self._work(run)
+                with bound(job=job.id):
+                    job = await self._work(run)
         except asyncio.CancelledError:
             with contextlib.suppress(StoreFull):
                 await self._let_go(job)
@@ -299,7 +301,8 @@ class Jobs:
             return await self._end(
                 job, "failed", error="failed by a bug in avatard; its log says more", error_type=type(error).__name__
             )
-        return await self._end(job, "completed", result=_result(made, job.request["name"]))
+        told = {"encode_s": made.encode_s, "encoded_frames": made.frames - made.resumed_from}
+        return await self._end(job, "completed", told, result=_result(made, job.request["name"]))
 
     async def _make(self, run: _Run, request: RenderRequest) -> RenderResult:
         """The file, however long its disk is full. Raises: as `render`, but for DiskFull."""
@@ -412,11 +415,11 @@ class Jobs:
                 await self._tidy(job)
         return job
 
-    async def _end(self, job: Job, state: Any, **how: Any) -> Job:
-        """Completed or failed, unless it was cancelled in the last moment."""
+    async def _end(self, job: Job, state: Any, told: Mapping[str, Any] | None = None, **how: Any) -> Job:
+        """Completed or failed, unless it was cancelled in the last moment. told: of it, beside how it stands."""
         job, ended = await self._patiently(lambda: self._store.finish(job.id, state, **how))
         if ended:
-            self._tell(job)
+            self._tell(job, **(told or {}))
             log.info("job %s: %s%s", job.id, job.state, f": {job.error}" if job.error else "")
         return job
 
@@ -455,8 +458,8 @@ class Jobs:
                 self._pause(str(error))
                 await asyncio.sleep(DISK_RETRY_S)
 
-    def _tell(self, job: Job) -> None:
-        more = {"error": job.error, "error_type": job.error_type} if job.error else {}
+    def _tell(self, job: Job, **more: Any) -> None:
+        more |= {"error": job.error, "error_type": job.error_type} if job.error else {}
         self._hub.tell("job", job.id, job.state, frames=job.frames, total_frames=job.total_frames, **more)
 
     def _tell_again(self, job: Job) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import platform
 import time
@@ -73,10 +74,11 @@ class Metrics:
         self._clock = clock
         self.registry = registry = CollectorRegistry()
         self._app: App | None = None
-        self._counts: Mapping[str, int] = {}
-        self._waiting: Mapping[str, int] = {}
+        self._counts: Mapping[Any, int] = {}
+        self._waiting: Mapping[Any, int] = {}
         self._free: Mapping[str, int] = {}
         self._seen: dict[str, _Seen] = {}
+        self._encode_s, self._encoded_blocks = 0.0, 0
         self._routes: set[str] = set()
         self._messages: set[tuple[str, str]] = set()
 
@@ -212,6 +214,9 @@ class Metrics:
         if job.started_at is not None and job.finished_at is not None:
             priority = job.priority if job.priority in PRIORITIES else "other"
             self._job_s.labels(item.what, priority).observe(max(job.finished_at - job.started_at, 0.0))
+        if item.what == "completed" and (spec := self._app.engine.spec) is not None:
+            self._encode_s += _number(item.body.get("encode_s"))
+            self._encoded_blocks += math.ceil(_number(item.body.get("encoded_frames")) / spec.frames_per_block)
         if item.what == "completed" and job.result:
             self._job_video_s.inc(max(float(job.result.get("seconds", 0.0)), 0.0))
 
@@ -289,8 +294,11 @@ class Metrics:
         yield _counter("avatard_engine_restarts", "Processes that were started after the first one.", engine.restarts)
         if engine.state == "ready":
             yield _plain("avatard_engine_load_seconds", "Seconds the model took to load.", engine.load_s)
-        stage = Summary("avatard_stage_seconds", "Seconds that blocks spend in a stage.", labels=("stage",))
+        stage = Summary(
+            "avatard_stage_seconds", "Seconds that blocks spend in a stage; encode: those of jobs.", labels=("stage",)
+        )
         stage.add_metric(("model",), count_value=engine.steps, sum_value=engine.step_s)
+        stage.add_metric(("encode",), count_value=self._encoded_blocks, sum_value=self._encode_s)
         yield stage
         yield from self._job_figures(app)
         yield from self._session_figures(app)

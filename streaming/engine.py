@@ -145,6 +145,11 @@ class Engine:
         """Seconds the present process took to load the model, once it is ready."""
         return self._process.load_s
 
+    @property
+    def spec(self) -> StreamSpec | None:
+        """What the model makes, once it was loaded for the first time."""
+        return self._spec
+
     async def ready(self) -> StreamSpec:
         """Wait until the model is loaded for the first time.
 

@@ -372,7 +372,7 @@ def test_a_loop_that_stands_still_is_measured_and_said_once_a_minute(caplog):
         loop = asyncio.get_running_loop()
         one = daemon_on(loop.time)
         watching = asyncio.create_task(one._watch_loop())
-        await asyncio.sleep(1)
+        await asyncio.sleep(3)
         for _ in range(3):
             loop.now += 2.0  # as a blocking call has it
             await asyncio.sleep(1)

@@ -116,7 +116,15 @@ async def bench(tmp_path):
         hub=Hub(),
         jobs=FakeJobs(),
         sessions=SimpleNamespace(open=[], list=lambda: app.sessions.open),
-        engine=SimpleNamespace(state="ready", restarts=2, load_s=3.5, steps=10, step_s=1.25, pid=os.getpid()),
+        engine=SimpleNamespace(
+            state="ready",
+            restarts=2,
+            load_s=3.5,
+            steps=10,
+            step_s=1.25,
+            pid=os.getpid(),
+            spec=SimpleNamespace(frames_per_block=12),
+        ),
         inputs=SimpleNamespace(spool_bytes=4096),
     )
     metrics = Metrics(clock)
@@ -151,13 +159,16 @@ async def test_jobs_are_counted_by_state_by_priority_and_by_their_end(bench):
     assert bench.value("jobs_waiting", priority="batch") == 2
     assert bench.value("jobs_total", outcome="failed") == 0
     bench.app.jobs.jobs["a"] = FakeJob()
-    for what in ("queued", "running", "progress", "completed"):
+    for what in ("queued", "running", "progress"):
         bench.app.hub.tell("job", "a", what)
+    bench.app.hub.tell("job", "a", "completed", encode_s=0.5, encoded_frames=25)
     bench.app.hub.tell("job", "pruned meanwhile", "failed")
     await until_async(lambda: bench.value("jobs_total", outcome="failed"))
     assert bench.value("jobs_total", outcome="completed") == 1
     assert bench.value("job_duration_seconds_sum", outcome="completed", priority="batch") == 7.5
     assert bench.value("job_video_seconds_total") == 4.8
+    assert bench.value("stage_seconds_count", stage="encode") == 3
+    assert bench.value("stage_seconds_sum", stage="encode") == 0.5
 
 
 async def test_a_closed_intake_is_seen(bench):
