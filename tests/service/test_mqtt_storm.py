@@ -177,7 +177,7 @@ async def storm(folder: Path, jobs: int, daemon_kills: int, broker_kills: int) -
 
 
 async def test_a_thousand_jobs_survive_five_deaths_of_the_daemon_and_three_of_the_broker(tmp_path, capsys):
-    """About ten minutes on a quiet core."""
+    """One to three minutes on two cores."""
     async with asyncio.timeout(3600):
         figures = await storm(tmp_path, 1000, daemon_kills=5, broker_kills=3)
     with capsys.disabled():
