@@ -187,7 +187,10 @@ class MqttSection(_Section):
     cert_file: Path | None = Field(None, description="client certificate")
     key_file: Path | None = Field(None, description="its key")
     keepalive_s: int = Field(
-        5, ge=2, le=3600, description="seconds; a dead daemon is known after 1.5 times that, a silent broker after twice"
+        5,
+        ge=2,
+        le=3600,
+        description="seconds; a dead daemon is known after 1.5 times that, a silent broker after twice",
     )
     session_expiry_s: int = Field(
         86_400, ge=0, le=2**32 - 1, description="seconds for which the broker keeps messages for a daemon that is away"

@@ -6,7 +6,6 @@ import os
 import stat
 from pathlib import Path
 
-from service import log
 from service.config import ConfigError
 from service.log import hide
 
