@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import AsyncFileLock, Timeout
 
 from audio.errors import AvatardError
+from service import VERSION
 from service.batch import Halted, Workers, attempt
 from service.batch_plan import OWN_FOLDER, BatchError
 from service.run import Stopped, engine_settings
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from service.config import Settings
     from service.render import RenderRequest
 
+log = logging.getLogger(__name__)
+
 DEATHS = 3
 """So often may an actor, or its whole machine, be lost over one item."""
 
@@ -34,6 +38,14 @@ LOST_S = 60.0
 
 LOOK_S = 0.5
 """From one look at how far an actor is to the next."""
+
+PLACE_S = 300.0
+"""Seconds that a cluster gets to find a place for one actor; it may have to start a machine first."""
+
+CLOSE_S = 10.0
+"""Seconds that actors get to end by themselves."""
+
+SHARED = "sounds, pictures and results have to lie where every machine finds them under the same path"
 
 ANSWER_S = 5.0
 """Seconds that a cluster gets to answer."""
@@ -92,9 +104,14 @@ class Actor:
         self._stop = asyncio.Event()
         self._progress: tuple[int, int | None] | None = None
 
-    async def sees(self, token: str) -> str:
-        """The name of this machine where it does not see that file; otherwise nothing."""
-        return "" if await asyncio.to_thread(os.path.exists, token) else os.uname().nodename
+    async def unfit(self, token: str, version: str) -> str:
+        """Why this machine cannot do it, where it cannot: it does not see that file, or has another avatard."""
+        machine = os.uname().nodename
+        if version != VERSION:
+            return f"machine {machine} has avatard {VERSION}, and this is {version}; install the same on all"
+        if not await asyncio.to_thread(os.path.exists, token):
+            return f"machine {machine} does not see {token}; {SHARED}"
+        return ""
 
     async def ready(self) -> str:
         """Load the model; why that cannot be, where it cannot."""
@@ -125,8 +142,11 @@ class Actor:
         return self._progress
 
     async def stop(self) -> None:
-        """End what is being made, so that it can be gone on with, and the engine."""
+        """End what is being made, so that it can be gone on with."""
         self._stop.set()
+
+    async def close(self) -> None:
+        """End the engine."""
         if self._engine is not None:
             await self._engine.close()
 
@@ -157,17 +177,32 @@ class _Cluster:
         self._actors: dict[int, Any] = {}
 
     async def start(self) -> None:
-        """Make the actors, and make sure that they see our files. Raises: BatchError."""
+        """Find a place for each actor, or for as many as there is one for, and make sure that they see our files.
+
+        Raises: BatchError.
+        """
         token = self._out / OWN_FOLDER / f"seen-{secrets.token_hex(8)}"
         token.touch()
+        errors = self._ray.exceptions
         try:
             for slot in range(self.slots):
-                blind = await self._actor(slot).sees.remote(str(token))
-                if blind:
+                try:
+                    looking = _awaited(self._actor(slot).unfit.remote(str(token), VERSION))
+                    reason = await asyncio.wait_for(looking, PLACE_S)
+                except TimeoutError as error:
+                    self._ray.kill(self._actors.pop(slot))
+                    if slot == 0:
+                        raise BatchError(f"--ray: the cluster had no place for an actor in {PLACE_S:g} s") from error
+                    log.warning("--ray: there are places for %d of %d actors; going on with these", slot, self.slots)
+                    self.slots = slot
+                    break
+                except (errors.RayActorError, errors.RayTaskError) as error:
+                    what = " ".join(str(error).split())[-300:]
                     raise BatchError(
-                        f"--ray: machine {blind} does not see {self._out}; sounds, pictures and results have to lie "
-                        "where every machine of the cluster finds them under the same path"
-                    )
+                        f"--ray: an actor cannot be started ({what}); is avatard {VERSION} installed on each machine?"
+                    ) from error
+                if reason:
+                    raise BatchError(f"--ray: {reason}")
         finally:
             token.unlink()
 
@@ -187,6 +222,10 @@ class _Cluster:
                 self._actors.pop(slot)
                 reason = " ".join(str(error).split())
                 continue
+            except self._ray.exceptions.RayTaskError:
+                raise  # a bug, told with its traceback there
+            except self._ray.exceptions.RayError as error:
+                raise Halted(f"--ray: the cluster was lost ({' '.join(str(error).split())[:200]})") from error
             if made["state"] == "stopped":
                 raise Stopped
             if made["state"] == "halted":
@@ -196,8 +235,9 @@ class _Cluster:
 
     async def close(self) -> None:
         """End the actors, and what they are at."""
-        ending = [actor.stop.remote() for actor in self._actors.values()]
-        await asyncio.gather(*ending, return_exceptions=True)
+        ending = [asyncio.ensure_future(_awaited(actor.close.remote())) for actor in self._actors.values()]
+        if ending:
+            await asyncio.wait(ending, timeout=CLOSE_S)
         for actor in self._actors.values():
             self._ray.kill(actor)
 

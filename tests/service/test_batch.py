@@ -371,6 +371,7 @@ def test_a_cluster_goes_on_after_ctrl_c(long):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
+    assert errors == "avatard: stopped; 2 of 2 wait, the same command goes on\n"
     assert call(long, *SLOW, "--ray=local").returncode == 0
     assert results(long / "out") == whole(long)
 
