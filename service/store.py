@@ -501,7 +501,8 @@ class JobStore:
             with _told(self.path):
                 return work()
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        # Who is cancelled must not have to ask whether the thread had begun with it.
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, run))
 
 
 def _look_at_head(path: Path) -> None:
