@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avatar.quantize import FLOAT8, LARGEST, has_float8_products
+from avatar.float8 import FLOAT8, LARGEST, has_float8_products
 
 THETA = 10_000.0
 

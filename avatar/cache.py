@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from avatar.attention import apply_rope
-from avatar.quantize import FLOAT8, LARGEST
+from avatar.float8 import FLOAT8, LARGEST
 
 
 @dataclass

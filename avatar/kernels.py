@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from avatar.quantize import FLOAT8
+from avatar.float8 import FLOAT8
 
 TINY = tl.constexpr(1e-12)
 LARGEST = tl.constexpr(448.0)

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FLOAT8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FLOAT8).max
+from avatar.float8 import FLOAT8, LARGEST, has_float8_products
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,11 +72,6 @@ def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     _, rounded = residual_norm(x.contiguous(), float8=True)
     assert isinstance(rounded, tuple)
     return rounded
-
-
-def has_float8_products(x: Tensor) -> bool:
-    """Whether x lies where e4m3 matrices can be multiplied."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 
 def quantize_linears(module: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> int:

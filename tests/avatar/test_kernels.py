@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from avatar.attention import apply_rope, rope_table
+from avatar.float8 import FLOAT8
 from avatar.kernels import Norm, Rounded, gelu, residual_norm, rotate, split_heads
-from avatar.quantize import FLOAT8
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU only; tests/gpu has these for a GPU")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from avatar.quantize import FLOAT8, Float8Linear, quantize, quantize_linears
+from avatar.float8 import FLOAT8
+from avatar.quantize import Float8Linear, quantize, quantize_linears
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,12 @@ from audio.chunk import AudioBlock
 from avatar.attention import attention
 from avatar.cache import Conditioning, KVCache
 from avatar.compile import replay
+from avatar.float8 import FLOAT8
 from avatar.live_avatar import fast
 from avatar.live_avatar.dit import CausalDiT, DiTConfig
 from avatar.live_avatar.generator import LiveAvatar, Options, random_live_avatar
 from avatar.model import Reference
-from avatar.quantize import FLOAT8, Float8Linear
+from avatar.quantize import Float8Linear
 from avatar.sampling import denoise_block, reference_position, sigmas, step_modulations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
