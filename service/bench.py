@@ -65,12 +65,12 @@ def speed(settings: Settings, image: Path, audio: Path, seconds: float) -> RunRe
     )
 
 
-def stages(settings: Settings) -> dict[str, float]:
+def stages(settings: Settings, blocks: int = 30) -> dict[str, float]:
     """Median milliseconds a block spends in each stage of the embedded model, alone in a process; {} for others."""
     if settings.model.name != "pocket":
         return {}
     steps = [] if settings.model.steps is None else [f"--steps={settings.model.steps}"]
-    command = [sys.executable, "-P", "-m", "avatar.pocket.stages", *steps]
+    command = [sys.executable, "-P", "-m", "avatar.pocket.stages", f"--blocks={blocks}", *steps]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     found: dict[str, float] = json.loads(process.stdout)

@@ -22,7 +22,7 @@ def test_the_stages_of_the_embedded_model_are_told_in_their_order():
     from service.bench import stage_lines, stages
     from service.config import load_settings
 
-    found = stages(load_settings())
+    found = stages(load_settings(), blocks=3)
     assert list(found) == ["ear and drive", "transformer", "decoder", "to bytes"]
     assert all(ms > 0 for ms in found.values())
     assert "%" in stage_lines(found)[0]

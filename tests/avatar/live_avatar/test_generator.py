@@ -32,7 +32,7 @@ from avatar.live_avatar.generator import (
     random_live_avatar,
 )
 from avatar.live_avatar.vae import WanVae, build_vae, diffusers_name
-from avatar.live_avatar.weights import WeightsError, load_speech_encoder
+from avatar.live_avatar.weights import WeightsError, load_speech_encoder, random_weights
 from avatar.model import Reference
 from avatar.sampling import Reanchor, ReferenceDistance
 from avatar.stateful import clone, load, restore, save, state_bytes
@@ -125,11 +125,13 @@ def run(model, state, blocks):
 
 
 def check_frames(frames, case):
-    """The reference throws away the first three frames; ours are all there, three places later."""
+    """The reference throws away the first three frames; ours are all there, as far as made, three places later."""
     for name, recorded in case.items():
         if name.startswith("frames."):
             first, last = map(int, name.removeprefix("frames.").split("_"))
-            close(frames[:, first + 3 : last + 3], recorded)
+            made = frames[:, first + 3 : last + 3]
+            if made.shape[1]:
+                close(made, recorded[:, : made.shape[1]])
 
 
 def test_the_real_time_pipeline_gives_the_references_latents_and_frames(networks, facts, golden):
@@ -148,17 +150,23 @@ def test_the_real_time_pipeline_gives_the_references_latents_and_frames(networks
     check_frames(frames, case)
 
 
-def test_the_single_process_pipeline_gives_the_references_latents_and_frames(networks, facts, golden):
+# Two clips show a beginning and a border; the third repeats the second, and decoding is slow.
+clips = pytest.mark.parametrize("clips", [2, pytest.param(3, marks=pytest.mark.slow)])
+
+
+@clips
+def test_the_single_process_pipeline_gives_the_references_latents_and_frames(networks, facts, golden, clips):
     case = golden.tensors("e2e_offline.safetensors")
     model, state = pipeline(networks, facts, case, case, Options.single_process())
     close(state.motion, case["prefill0.motion_latents_last19"])
-    latents, frames = run(model, state, 5)  # the rest of the third clip repeats the second, and decoding is slow
-    for clip in range(2):
+    latents, frames = run(model, state, 2 * clips)
+    for clip in range(clips):
         close(latents[:, 6 * clip : 6 * clip + 6], case[f"latents.clip{clip}"])
-    check_frames(frames, {name: tensor for name, tensor in case.items() if name != "frames.65_69"})
+    check_frames(frames, case)
 
 
-def test_online_decoding_with_a_pose_video_gives_the_references_latents_and_frames(networks, facts, golden):
+@clips
+def test_online_decoding_with_a_pose_video_gives_the_references_latents_and_frames(networks, facts, golden, clips):
     case = golden.tensors("e2e_online.safetensors")
     options = Options.single_process(reanchor=Reanchor.REFERENCE_MOTION)
     model, state = pipeline(networks, facts, case, case, options)
@@ -167,9 +175,9 @@ def test_online_decoding_with_a_pose_video_gives_the_references_latents_and_fram
     model.set_pose(state, video.permute(3, 0, 1, 2))
     for clip in range(3):
         close(state.pose[0, :, 6 * clip : 6 * clip + 6], case[f"pose_latents.clip{clip}"])
-    latents, frames = run(model, state, 6)
+    latents, frames = run(model, state, 2 * clips)
     close(state.motion, case["prefill1.motion_latents_last19"])
-    for clip in range(3):
+    for clip in range(clips):
         close(latents[:, 6 * clip : 6 * clip + 6], case[f"latents.clip{clip}"])
     check_frames(frames, case)
 
@@ -198,7 +206,7 @@ def test_the_latents_of_a_still_picture_come_to_rest(networks, facts, golden):
 
 
 CONTEXT = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
-SMALL = Options(width=64, height=64, clip_blocks=2, ring_blocks=2, motion_frames=25, prime_latents=3)
+SMALL = Options(width=64, height=64, clip_blocks=2, ring_blocks=2, motion_frames=9, prime_latents=3)
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +218,16 @@ def speech(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def small(networks, speech):
-    return LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), SMALL)
+def narrow(networks):
+    """What holds for every session holds with a decoder of a third of the width, in half the time."""
+    vae = build_vae(2)
+    random_weights(vae, seed=0, dtype=torch.float32)
+    return networks[0], WanVae(vae)
+
+
+@pytest.fixture(scope="module")
+def small(narrow, speech):
+    return LiveAvatar(*narrow, speech, GivenPrompt(CONTEXT), SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -252,11 +268,11 @@ def test_the_contract_of_a_model_is_kept(small):
 
 
 @pytest.mark.parametrize("changes", [{}, {"merge_last_step": True}, {"reanchor": Reanchor.NONE, "clip_blocks": 1}])
-def test_a_wavefront_gives_the_same_frames_later(networks, speech, picture, changes):
+def test_a_wavefront_gives_the_same_frames_later(narrow, speech, picture, changes):
     both = []
     for schedule in Schedule:
         options = replace(SMALL, **{"clip_blocks": 4, **changes}, schedule=schedule)
-        model = LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), options)
+        model = LiveAvatar(*narrow, speech, GivenPrompt(CONTEXT), options)
         state = model.start(Reference(picture, seed=1))
         made = [model.step(state, sound_block(i, 1_300 if i == 8 else BLOCK)) for i in range(9)]
         late = options.passes - 1 if schedule is Schedule.WAVEFRONT else 0
@@ -269,9 +285,9 @@ def test_a_wavefront_gives_the_same_frames_later(networks, speech, picture, chan
         np.testing.assert_array_equal(one.audio, other.audio)
 
 
-def test_a_wavefront_keeps_the_contract_of_a_model(networks, speech):
+def test_a_wavefront_keeps_the_contract_of_a_model(narrow, speech):
     options = replace(SMALL, schedule=Schedule.WAVEFRONT, steps=2)
-    check_model(LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), options), blocks=2)
+    check_model(LiveAvatar(*narrow, speech, GivenPrompt(CONTEXT), options), blocks=2)
 
 
 def test_another_seed_gives_other_frames(small, picture):
@@ -305,8 +321,8 @@ def resumed(model, state, reference):
         (5, {"schedule": Schedule.WAVEFRONT, "clip_blocks": 4, "ring_blocks": 4}),
     ],
 )
-def test_a_session_resumed_with_all_its_blocks_goes_on_to_the_bit(networks, speech, picture, changes, blocks):
-    model = LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), replace(SMALL, **changes))
+def test_a_session_resumed_with_all_its_blocks_goes_on_to_the_bit(narrow, speech, picture, changes, blocks):
+    model = LiveAvatar(*narrow, speech, GivenPrompt(CONTEXT), replace(SMALL, **changes))
     reference = Reference(picture, seed=1)
     state = model.start(reference)
     for i in range(blocks):
@@ -353,8 +369,8 @@ def test_the_seam_of_a_resumed_session_is_small(networks, speech, picture):
         {"schedule": Schedule.WAVEFRONT, "clip_blocks": 4},
     ],
 )
-def test_planned_bytes_are_allocated_bytes_and_stay_so(networks, speech, picture, changes):
-    model = LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), replace(SMALL, **changes))
+def test_planned_bytes_are_allocated_bytes_and_stay_so(narrow, speech, picture, changes):
+    model = LiveAvatar(*narrow, speech, GivenPrompt(CONTEXT), replace(SMALL, **changes))
     state = model.start(Reference(picture))
     planned = sum(part.session_bytes for part in model.parts())
     full = model.options.ring_blocks + SEAM_BLOCKS
@@ -366,9 +382,9 @@ def test_planned_bytes_are_allocated_bytes_and_stay_so(networks, speech, picture
     assert state_bytes(state) == planned
 
 
-def test_planned_weights_are_the_weights(small, networks):
+def test_planned_weights_are_the_weights(small, narrow):
     parts = {part.name: part for part in small.parts()}
-    dit, vae = networks
+    dit, vae = narrow
     assert parts["dit"].weight_bytes == sum(tensor.nbytes for tensor in dit.parameters())
     both = parts["vae.encoder"].weight_bytes + parts["vae.decoder"].weight_bytes
     assert both == sum(tensor.nbytes for tensor in vae.parameters())
@@ -438,9 +454,9 @@ def test_a_setting_that_does_not_work_is_named(settings, says):
         Options.from_settings(settings)
 
 
-def test_a_fixed_reference_distance_draws_nothing(networks, speech, picture):
+def test_a_fixed_reference_distance_draws_nothing(narrow, speech, picture):
     options = replace(SMALL, reference_distance=ReferenceDistance.fixed(10))
-    model = LiveAvatar(*networks, speech, GivenPrompt(CONTEXT), options)
+    model = LiveAvatar(*narrow, speech, GivenPrompt(CONTEXT), options)
     state = model.start(Reference(picture))
     before = state.distances.get_state()
     frames_of(model, state, range(2))

@@ -226,15 +226,15 @@ def task(blocks: int = 6) -> Task:
     return plan_tasks(made_speech(3.0), 1, blocks, 2, 12, seed=4242)[0]
 
 
-def measured(late: int = 0, shift: float = 0.0) -> Measured:
-    t = task()
+def measured(late: int = 0, shift: float = 0.0, blocks: int = 4) -> Measured:
+    t = task(blocks)
     model = DrawnModel(t.person, mouth_of_frames(t.speech.mouth), late, shift)
     return measure(model, load_meter(), t, draw_every=2)
 
 
 @pytest.fixture(scope="module")
 def perfect() -> Measured:
-    return measured()
+    return measured(blocks=6)
 
 
 @needs_weights
@@ -292,8 +292,9 @@ def test_a_session_that_moves_otherwise_is_not_measured():
 def test_the_command_writes_table_numbers_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    t = plan_tasks(made_speech(3.0), 1, 6, 21, 12, seed=7)[0]
+    t = plan_tasks(made_speech(3.0), 1, 6, 4, 12, seed=7)[0]
     monkeypatch.setattr(evaluate, "embedded_model", lambda steps: DrawnModel(t.person, mouth_of_frames(t.speech.mouth)))
+    monkeypatch.setattr(evaluate, "IDLE_S", 2.0)
     speech = write_speech(tmp_path, 3.0)
     evaluate.main(["--presenters=1", "--seconds=3", "--seed=7", f"--speech={speech}", f"--out={tmp_path / 'out'}"])
     printed = capsys.readouterr().out
@@ -309,8 +310,11 @@ def test_the_command_writes_table_numbers_and_picture(
 
 @needs_weights
 @pytest.mark.needs("espeak-ng")
-def test_the_embedded_model_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_embedded_model_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     pytest.importorskip("avatar.load")
+    monkeypatch.setattr(evaluate, "IDLE_S", 2.0)
     evaluate.main(["--presenters=1", "--seconds=3", "--json", f"--out={tmp_path}"])
     result = json.loads(capsys.readouterr().out)
     figures = {figure["name"]: figure["value"] for figure in result["figures"]}
