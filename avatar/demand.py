@@ -55,7 +55,8 @@ class Network:
         layers: bytes of each layer that can be brought in by itself, in the order of use; float8_layers: with 8-bit
             weights. What is not in a layer stays with the network.
         work: of one pass.
-        workspace_bytes: what one pass needs while it runs; least_workspace_bytes: done in smaller pieces, 0: it cannot.
+        workspace_bytes: what one pass needs while it runs; least_workspace_bytes: done in smaller pieces, 0: it cannot;
+            waiting_bytes: what a pass keeps while others are in the same layer.
         session_bytes: what a stream keeps for it.
     """
 
@@ -68,6 +69,7 @@ class Network:
     work: Work = Work()
     workspace_bytes: int = 0
     least_workspace_bytes: int = 0
+    waiting_bytes: int = 0
     session_bytes: int = 0
 
 
@@ -80,7 +82,6 @@ class Rings:
             each block replaces 1 / blocks of it and looks at all.
         ring_bytes: keys and values of one ring; conditioning_bytes: of what stands in front of each, and is kept once
             more for each layer as it was before rotation.
-        head_dim: numbers that would share a scale if they had 8 bits.
     """
 
     layers: int
@@ -88,7 +89,6 @@ class Rings:
     blocks: int
     ring_bytes: int
     conditioning_bytes: int
-    head_dim: int
     name: str = "rings"
 
 

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,11 @@ Size = tuple[int, int]
 
 
 def load_model(
-    model: str, size: Size | None = None, steps: int | None = None, options: Mapping[str, Any] | None = None
+    model: str,
+    size: Size | None = None,
+    steps: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    live: bool = False,
 ) -> AvatarModel:
     """The model, ready to stream.
 
@@ -32,6 +36,8 @@ def load_model(
         model: `pocket`, or a folder of weights of any family.
         size: width and height in pixels; steps: of denoising; None: the model's own.
         options: the family's own, by name.
+        live: it is for a broadcast: steady and soon counts more than as fast as it goes, and where no size is given,
+            the largest may be chosen that is fast enough.
     Raises: AvatardError: no such model, an unknown option, or a value that does not work.
     """
     folder = None if model in FAMILIES else Path(model)
@@ -43,47 +49,77 @@ def load_model(
     device = _device()
     if device.type == "cpu":
         torch.set_num_threads(thread_count())
-    return FAMILIES[family](folder, size, steps, dict(options or {}), device)
+    return FAMILIES[family](Request(folder, size, steps, dict(options or {}), device, live))
 
 
-def _load_pocket(
-    folder: Path | None, size: Size | None, steps: int | None, options: dict[str, Any], device: torch.device
-) -> AvatarModel:
+@dataclass(frozen=True)
+class Request:
+    """What `load_model` was asked for; folder: None where the family was named."""
+
+    folder: Path | None
+    size: Size | None
+    steps: int | None
+    options: dict[str, Any]
+    device: torch.device
+    live: bool
+
+
+def _load_pocket(request: Request) -> AvatarModel:
     from avatar.pocket.generator import SIZE, Options, PocketError, load_pocket
 
-    if size not in (None, (SIZE, SIZE)):
-        assert size is not None
-        raise PocketError(f"size {size[0]}x{size[1]}: pocket draws {SIZE}x{SIZE} only; leave the size out")
-    return load_pocket(folder, Options.from_settings(_with(options, steps=steps)), device)
+    if request.size not in (None, (SIZE, SIZE)):
+        width, height = request.size
+        raise PocketError(f"size {width}x{height}: pocket draws {SIZE}x{SIZE} only; leave the size out")
+    options = Options.from_settings(_with(request.options, steps=request.steps))
+    return load_pocket(request.folder, options, request.device)
 
 
-def _load_live_avatar(
-    folder: Path | None, size: Size | None, steps: int | None, options: dict[str, Any], device: torch.device
-) -> AvatarModel:
-    from avatar.live_avatar.generator import OptionError, Options, load_live_avatar
+RANDOM = "random_weights"
+"""An option of live_avatar: weights from a generator instead of files, to see how fast it is."""
 
-    if folder is None:
+
+def _load_live_avatar(request: Request) -> AvatarModel:
+    from avatar.live_avatar.generator import OptionError, Options, load_live_avatar, random_live_avatar
+    from avatar.place import Wish, choose
+
+    at_random = request.options.get(RANDOM) is True
+    if request.folder is None and not at_random:
         raise LoadError("model live_avatar: name the folder that holds its weights, or live-avatar-14b")
-    width, height = size or (None, None)
-    options = _with(options, width=width, height=height, steps=steps)
+    width, height = request.size or (None, None)
+    settings = _with(request.options, width=width, height=height, steps=request.steps)
     own = {option.name for option in fields(Options)}
-    # What the loader itself takes, besides where and in which type.
+    wishes = {wish.name for wish in fields(Wish)}
+    # What the loader itself takes, besides what is decided here.
     loader = set(inspect.signature(load_live_avatar).parameters) - {
-        "directory",
-        "options",
-        "device",
-        "dtype",
-        "vae_dtype",
+        *("directory", "options", "device", "dtype", "vae_dtype", "places", "text_by_layer"),
     }
-    _refuse_unknown("live_avatar", options, own | loader, OptionError)
-    extras = {name: options.pop(name) for name in sorted(loader & options.keys())}
+    _refuse_unknown("live_avatar", settings, own | wishes | loader | {RANDOM}, OptionError)
+    settings.pop(RANDOM, None)
+    extras = {name: settings.pop(name) for name in sorted(loader & settings.keys())}
     for name in ("lora", "prompt_store"):
         if name in extras:
             extras[name] = Path(extras[name]).expanduser()
-    return load_live_avatar(folder, Options.from_settings(options), device=device, **extras)
+    wish = Wish(**{name: str(settings.pop(name)) for name in sorted(wishes & settings.keys())})
+    options, places, device = Options.from_settings(settings), None, request.device
+    if device.type == "cuda":
+        options, places = choose(
+            options,
+            wish,
+            device,
+            live=request.live,
+            any_size=request.size is None and not {"width", "height"} & settings.keys(),
+            any_schedule="schedule" not in settings,
+        )
+    elif wish != Wish():
+        raise OptionError(f"{', '.join(sorted(name for name in wishes if getattr(wish, name)))}: there is no GPU here")
+    if at_random:
+        return random_live_avatar(options, device=device, places=places)
+    assert request.folder is not None
+    by_layer = places is not None and places.text_by_layer
+    return load_live_avatar(request.folder, options, device=device, places=places, text_by_layer=by_layer, **extras)
 
 
-FAMILIES: dict[str, Callable[[Path | None, Size | None, int | None, dict[str, Any], torch.device], AvatarModel]] = {
+FAMILIES: dict[str, Callable[[Request], AvatarModel]] = {
     "pocket": _load_pocket,
     "live_avatar": _load_live_avatar,
 }

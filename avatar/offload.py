@@ -11,7 +11,9 @@ what is asked for; `stream_rings` is told by the passes which layer they are abo
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from avatar.cache import Conditioning, KVCache, Turn, empty_keys, empty_values
+from avatar.float8 import FLOAT8
 from avatar.sampling import Enter
 
 ALIGNMENT = 256
@@ -30,7 +33,7 @@ class Link(Protocol):
     """Copies between host and device, in the order in which they are asked for, beside the computation."""
 
     def pinned(self, bytes_: int) -> Tensor:
-        """Memory of the host that copies can reach, uint8 [bytes_]."""
+        """Memory of the host that copies can reach: zeros, uint8 [bytes_]."""
         ...
 
     def mark(self) -> Any:
@@ -46,6 +49,33 @@ class Link(Protocol):
         ...
 
 
+class _Pages(mmap.mmap):
+    """Memory of the host that is page-locked until nobody refers to it any more.
+
+    Not PyTorch's own: that rounds up to a power of two, half as much again for a layer of this family.
+    """
+
+    address = 0
+
+    @classmethod
+    def locked(cls, bytes_: int) -> Tensor:
+        """uint8 [bytes_], zeros. Raises: MemoryError."""
+        pages = cls(-1, bytes_)
+        with contextlib.suppress(OSError, AttributeError):
+            pages.madvise(mmap.MADV_HUGEPAGE)  # locking is work for each page
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        failure = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), bytes_, 0))
+        if failure:
+            raise MemoryError(f"{bytes_ / 2**30:.1f} GiB of the host could not be page-locked (CUDA error {failure})")
+        pages.address = memory.data_ptr()
+        return memory
+
+    def __del__(self) -> None:
+        if self.address:
+            with contextlib.suppress(Exception):  # at the end of the process CUDA may have gone before
+                torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
 class CudaLink:
     """One direction of the link to a GPU: a stream of its own."""
 
@@ -54,12 +84,7 @@ class CudaLink:
         self._device = device
 
     def pinned(self, bytes_: int) -> Tensor:
-        memory = torch.empty(bytes_, dtype=torch.uint8)
-        # Not pin_memory: PyTorch rounds that up to a power of two, half as much again for a layer of this family.
-        failure = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), bytes_, 0)
-        if int(failure):
-            raise MemoryError(f"{bytes_ / 2**30:.1f} GiB of the host could not be page-locked (CUDA error {failure})")
-        return memory
+        return _Pages.locked(bytes_)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -83,7 +108,7 @@ class HostLink:
     """Where the device is the host: copies are made when they are asked for."""
 
     def pinned(self, bytes_: int) -> Tensor:
-        return torch.empty(bytes_, dtype=torch.uint8)
+        return torch.zeros(bytes_, dtype=torch.uint8)
 
     def mark(self) -> None:
         return None
@@ -105,6 +130,7 @@ class Layered(Protocol):
 
     blocks: nn.ModuleList
     enter: Enter | None
+    adopt: Callable[[KVCache], None]
     float8_cache: bool
     hear: Any
     hear_later: Any
@@ -174,7 +200,7 @@ class StreamedLayers(nn.ModuleList):
 
     def __init__(self, layers: nn.ModuleList, slabs: dict[int, _Slab], device: torch.device, link: Link) -> None:
         super().__init__(layers)
-        self._slabs, self._link = slabs, link
+        self.slabs, self._link = slabs, link
         self._order = sorted(slabs)
         room = max((slab.bytes for slab in slabs.values()), default=0)
         self._places = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -184,7 +210,7 @@ class StreamedLayers(nn.ModuleList):
         self._latest: int | None = None
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, int) and index in self._slabs and index != self._latest:
+        if isinstance(index, int) and index in self.slabs and index != self._latest:
             self._arrive(index)
         return super().__getitem__(index)
 
@@ -196,7 +222,7 @@ class StreamedLayers(nn.ModuleList):
             self._fetch(index)
         place, arrival = self._there[index]
         self._link.wait(arrival)
-        self._slabs[index].point_to(self._views[index][place])
+        self.slabs[index].point_to(self._views[index][place])
         self._latest = index
         following = self._order[(self._order.index(index) + 1) % len(self._order)]
         if following not in self._there:
@@ -207,7 +233,7 @@ class StreamedLayers(nn.ModuleList):
         at_work = self._there[self._latest][0] if self._latest is not None else 1
         place = 1 - at_work
         self._there = {other: there for other, there in self._there.items() if there[0] == at_work}
-        memory, slab = self._places[place], self._slabs[index]
+        memory, slab = self._places[place], self.slabs[index]
 
         def copies() -> None:
             memory[: slab.bytes].copy_(slab.memory, non_blocking=True)
@@ -216,19 +242,33 @@ class StreamedLayers(nn.ModuleList):
         self._there[index] = (place, self._link.copy(copies, [self._link.mark()]))
 
 
-def stream_layers(network: Layered, resident: Collection[int], device: torch.device, link: Link | None = None) -> None:
+def stream_layers(
+    network: Layered,
+    resident: Collection[int],
+    device: torch.device,
+    link: Link | None = None,
+    ready: Callable[[int], None] = lambda i: None,
+) -> None:
     """Put the weights of the network's layers where they shall live, in place: resident ones on the device.
 
-    Everything that is to be done to the weights (8 bits, joining) has been done, wherever they lie now.
+    Args:
+        ready: makes the weights of a layer what they are to be (read, 8 bits, joined), anywhere. It is called for
+            layer after layer, so the device never needs room for more than one that will not stay.
+    Called again with fewer resident layers, it lets the others go.
     """
     link = link or link_to(device)
+    known = network.blocks.slabs if isinstance(network.blocks, StreamedLayers) else {}
+    network.blocks = nn.ModuleList(network.blocks._modules.values())
     slabs = {}
     for i in range(len(network.blocks)):
-        slab = _Slab(network.modules_of_layer(i), link if i not in resident else HostLink())
-        # Let go of layer by layer: the device may have no room for all of them beside what is to come.
-        slab.point_to(slab.views(slab.memory.to(device) if i in resident else slab.memory))
+        ready(i)
+        modules = network.modules_of_layer(i)
         if i not in resident:
-            slabs[i] = slab
+            slabs[i] = known.get(i) or _Slab(modules, link)
+            slabs[i].point_to(slabs[i].views(slabs[i].memory))
+        elif any(p.device != device for module in modules for p in module.parameters()):
+            slab = known.get(i) or _Slab(modules, HostLink())
+            slab.point_to(slab.views(slab.memory.to(device)))
     if slabs:
         network.blocks = StreamedLayers(network.blocks, slabs, device, link)
         network.hear = network.hear_later
@@ -280,19 +320,39 @@ class RingStream:
     def new_cache(self, conditioning: Conditioning, ring_frames: int, float8: bool) -> KVCache:
         """An empty cache whose rings live where they should."""
         cache = KVCache.empty(conditioning, ring_frames, float8, self._away)
-        tokens = conditioning.tokens_per_frame * ring_frames
         for layer in self._away:
-            k, v = conditioning.keys[layer], conditioning.values[layer]
-            batch, _, heads, dim = k.shape
-            sizes, dtype = (self._blocks, batch, heads, tokens // self._blocks * dim), cache.keys[layer].dtype
-            cache.away[layer] = (self._on_host(sizes, dtype), self._on_host(sizes, dtype))
-            if not self._places:
-                room = conditioning.tokens + tokens
-                self._places = [(empty_keys(k, room, float8), empty_values(v, room, float8)) for _ in range(2)]
+            self._make_room(cache, layer)
         return cache
 
+    def adopt(self, cache: KVCache) -> None:
+        """Let the rings of a cache live where they should, in place; they may be on the device."""
+        for layer in self._away:
+            if layer in cache.away:
+                continue
+            keys, values = cache.keys[layer], cache.values[layer]
+            self._make_room(cache, layer)
+            tokens, first = cache.ring_tokens // self._blocks, cache.conditioning_tokens
+            for block in range(self._blocks):
+                span = slice(first + block * tokens, first + (block + 1) * tokens)
+                for on_device, on_host in zip((keys, values), cache.away[layer]):
+                    region = _as_it_lies(on_device[:, span])
+                    on_host[block].view(region.shape).copy_(region)
+            cache.keys[layer], cache.values[layer] = keys[:, :0].clone(), values[:, :0].clone()
+
+    def _make_room(self, cache: KVCache, layer: int) -> None:
+        """For the ring of a layer, on the host."""
+        keys = cache.keys[layer]
+        batch, _, heads, dim = keys.shape
+        sizes = (self._blocks, batch, heads, cache.ring_tokens // self._blocks * dim)
+        cache.away[layer] = (self._on_host(sizes, keys.dtype), self._on_host(sizes, keys.dtype))
+
     def _on_host(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return self._inward.pinned(math.prod(sizes) * dtype.itemsize).zero_().view(dtype).view(sizes)
+        return self._inward.pinned(math.prod(sizes) * dtype.itemsize).view(dtype).view(sizes)
+
+    def leave(self) -> None:
+        """Passes were broken off: what they left on the device counts no more. Their block is to be made again."""
+        self._put_back()
+        self._there.clear()
 
     def enter(self, turns: Sequence[Turn], number: int) -> None:
         """Pass `number` of these is about to enter its layer; what went before, layer by layer and in this order, is
@@ -329,6 +389,10 @@ class RingStream:
         at_work = self._busy.place if self._busy is not None else 1
         place = 1 - at_work
         self._there = {other: there for other, there in self._there.items() if there[0] == at_work}
+        if not self._places:
+            like, float8 = turn.cache.keys[key[1]], turn.cache.keys[key[1]].dtype == FLOAT8
+            room = turn.cache.conditioning_tokens + turn.cache.ring_tokens
+            self._places = [(empty_keys(like, room, float8), empty_values(like, room, float8)) for _ in range(2)]
         keys, values = self._places[place]
         (host_keys, host_values), first = turn.cache.away[key[1]], turn.cache.conditioning_tokens
         made = turn.start // turn.tokens % self._blocks
@@ -377,11 +441,14 @@ def stream_rings(
     device: torch.device,
     inward: Link | None = None,
     outward: Link | None = None,
-) -> None:
-    """Let the rings of layers that are not resident live on the host; blocks: that a ring holds."""
+) -> RingStream | None:
+    """Let the rings of layers that are not resident live on the host; blocks: that a ring holds.
+
+    It may be called again with fewer resident layers; `network.adopt` then brings caches that are there already.
+    """
     away = [i for i in range(len(network.blocks)) if i not in resident]
     if not away:
-        return
+        return None
     rings = RingStream(away, blocks, device, inward, outward)
 
     def new_cache(conditioning: Conditioning, ring_frames: int) -> KVCache:
@@ -391,3 +458,26 @@ def stream_rings(
 
     network.new_cache = new_cache
     network.enter = rings.enter
+    network.adopt = rings.adopt
+    return rings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole networks
+
+
+def bring_for(owner: Any, name: str, modules: Sequence[nn.Module], device: torch.device) -> None:
+    """Let modules live on the host and come to the device for each call of that method, in place."""
+    slab = _Slab(modules, link_to(device))
+    at_home = slab.views(slab.memory)
+    slab.point_to(at_home)
+    written = getattr(owner, name)
+
+    def brought(*arguments: Any, **options: Any) -> Any:
+        slab.point_to(slab.views(slab.memory.to(device, non_blocking=True)))
+        try:
+            return written(*arguments, **options)
+        finally:
+            slab.point_to(at_home)
+
+    setattr(owner, name, brought)

@@ -21,36 +21,39 @@ from avatar.demand import Demand, Network, Rings, Schedule, When
 # What is known of the machine and of our code, beyond the rates of a card. None of it is measured on our code yet but
 # where a source is named; `avatard bench` compares plan and measurement.
 
-MATRIX_EFFICIENCY = {"sequential": 0.85, "wavefront": 0.90}
-"""Of the rate of 8192-wide products, at 3,168 rows and at four times as many. Assumed."""
-CONVOLUTION_SHARE = 0.35
-"""Of the rate of bf16 products: the decoder in channels_last_3d. Assumed; the reference's decoder, 206 ms a block on an
-H200, has 0.17, its arithmetic at an attainable 300 TFLOP/s 0.38."""
+MATRIX_EFFICIENCY = 0.80
+"""Of the rate of 8192-wide products in a first burst: what is left at 3,168 rows, of a card that is warm. Measured."""
+CONVOLUTION_SHARE = 0.5
+"""Of the rate of bf16 products: the decoder in channels_last_3d, compiled. Measured on an H200."""
+ATTENTION8_GAIN = 1.35
+"""Attention over keys and values in 8 bits, where a card multiplies such numbers. Measured on an H200."""
 NARROW_SLOWDOWN = 1.3
 """A part that works in small pieces. Assumed."""
 LAUNCH_S = 6e-6
 """Of the host, for a kernel. Assumed; 26,000 of them in 346 ms (the reference) are 13 us each."""
-STREAM_EFFICIENCY = 0.9
-"""Of the link's rate while kernels run and both directions are in use. Assumed."""
+STREAM_EFFICIENCY = 0.8
+"""Of the link's rate while kernels run and both directions are in use. Measured: 0.77 with rings, 0.87 with weights."""
 DEQUANTISE_BYTES, DEQUANTISE_KV_BYTES = 5, 3
 """Moved for each weight where a card multiplies no 8-bit matrices (read 1, write 2, read 2); for each key or value."""
 
-CONTEXT_BYTES = int(0.6 * GIB)
-"""What CUDA and its libraries take of a device (offload_planner, section 5)."""
-ALLOCATOR = 1.15
-"""Workspace in the allocator's hands over workspace in tensors (the same)."""
+CONTEXT_BYTES = int(1.25 * GIB)
+"""What CUDA, its libraries and our kernels take of a device. Measured: 0.75 to 1.23."""
+ALLOCATOR = 1.05
+"""Workspace in the allocator's hands over workspace in tensors, its segments growing as they must."""
 PROCESS_BYTES = 4 * GIB
 """What the process itself takes of the host: libraries, and one tensor on its way. Assumed."""
 HOST_RESERVE_BYTES = 4 * GIB
 """Left to the system."""
 MOST_GPUS = 8
-WEIGHT_SLOTS = 2
-"""Layers on the device for streaming: one at work, one arriving."""
+LIVE_MARGIN = 1.05
+"""A block that comes late once has to be made up for."""
+SLOTS = 2
+"""Layers, or rings of a layer, on the device for streaming: one at work, one arriving."""
 
 
 def reserve_bytes(memory_bytes: int) -> int:
     """What a plan leaves free: where its peak is too low by a few per cent, it still holds."""
-    return max(GIB, memory_bytes * 4 // 100)
+    return max(GIB // 2, memory_bytes * 4 // 100)
 
 
 class Precision(StrEnum):
@@ -208,8 +211,8 @@ class Placement:
 
     @property
     def holds(self) -> bool:
-        """Whether it is predicted to make frames as fast as they are shown."""
-        return self.fps >= self.target.fps
+        """Whether it is predicted to make frames faster than they are shown, by the margin that live work needs."""
+        return self.fps >= self.target.fps * LIVE_MARGIN
 
     @property
     def binds(self) -> str:
@@ -308,11 +311,17 @@ def ways_to_live(
 def step_down(placement: Placement, parts: Demand, host: Host) -> Placement:
     """The best plan whose peak is a GiB lower, for when a device ran out of memory all the same.
 
-    Weights keep their precision: they are not loaded again. Raises: DoesNotFit.
+    Precision and schedule stay: streams that have begun go on with the same numbers. Raises: DoesNotFit.
     """
     usable = max(device.peak_bytes for device in placement.devices) - GIB
     # the budget of which `usable` is left when its reserve is taken off
-    target = replace(placement.target, vram_bytes=max(usable + GIB, usable * 100 // 96), weights=placement.weights)
+    target = replace(
+        placement.target,
+        vram_bytes=max(usable + GIB // 2, usable * 100 // 96),
+        weights=placement.weights,
+        cache=placement.cache,
+        schedule=placement.schedule,
+    )
     return plan(parts, [device.card for device in placement.devices], host, target)
 
 
@@ -322,7 +331,10 @@ def step_down(placement: Placement, parts: Demand, host: Host) -> Placement:
 
 @dataclass(frozen=True)
 class _Squeeze:
-    """How the smaller parts make room: those of the start of a stream, those of them in layers, those of each block."""
+    """How the smaller parts make room: those of the start of a stream, those of them in layers, those of each block.
+
+    What comes in layers is the text encoder: it is wanted for a new prompt only, and never stays.
+    """
 
     start: Lives = Lives.ON_DEMAND
     layered: Lives = Lives.STREAMED
@@ -331,7 +343,7 @@ class _Squeeze:
 
 
 _SQUEEZES = (
-    _Squeeze(Lives.RESIDENT, Lives.RESIDENT),
+    _Squeeze(Lives.RESIDENT, Lives.ON_DEMAND),
     _Squeeze(Lives.ON_DEMAND, Lives.ON_DEMAND),
     _Squeeze(),
     _Squeeze(narrow=True),
@@ -409,7 +421,7 @@ class _Case:
             self.layer_bytes = self.layered.float8_layers if in_8_bits else self.layered.layers
         self.layers_away = _bytes_away(self.layer_bytes)
         rings = next((part for part in parts if isinstance(part, Rings) and steps), None)
-        scale = 0.5 * (1 + 4 / rings.head_dim) if rings and cache is Precision.FP8 else 1.0
+        scale = 0.5 if cache is Precision.FP8 else 1.0
         self.rings = rings
         self.ring_layers = rings.layers if rings else 0
         self.ring_bytes = int(rings.ring_bytes * scale) if rings else 0
@@ -424,25 +436,25 @@ class _Case:
     def layer_room(self, k: int) -> tuple[int, int]:
         """Bytes on the device and on the host with k resident layers."""
         away = self.layers_away[k]
-        slots = WEIGHT_SLOTS * max(self.layer_bytes) if away else 0
+        slots = SLOTS * max(self.layer_bytes) if away else 0
         return self.layers_away[0] - away + slots, away
 
     def ring_room(self, r: int) -> tuple[int, int]:
         """Bytes on the device and on the host with the rings of r layers on the device.
 
-        A ring there stands behind its own copy of the conditioning; for the others there is a slot for each step at
-        work together, and one that is arriving.
+        A ring there stands behind its own copy of the conditioning; for the others there are two slots, one at work and
+        one that is arriving.
         """
         one = self.ring_bytes + self.conditioning_bytes
-        slots = (self.together + 1) * one if r < self.ring_layers else 0
-        kept = self.ring_layers * self.conditioning_bytes
+        slots = SLOTS * one if r < self.ring_layers else 0
+        kept = self.ring_layers * (self.rings.conditioning_bytes if self.rings else 0)  # as it was made, in 16 bits
         return kept + slots + r * self.steps * one, (self.ring_layers - r) * self.steps * self.ring_bytes
 
     def workspace(self, network: Network, narrow: bool) -> int:
         size = network.least_workspace_bytes if narrow and network.least_workspace_bytes else network.workspace_bytes
         if network.when is When.STEP:
-            size *= self.together
-        if network is self.layered and self.rings and self.cache is Precision.FP8:
+            size += (self.together - 1) * network.waiting_bytes
+        if network is self.layered and self.rings and self.cache is Precision.FP8 and not self.card.float8_tflops:
             size += self.rings.ring_bytes + self.rings.conditioning_bytes  # one ring in 16 bits, to be attended to
         return int(size * ALLOCATOR)
 
@@ -461,7 +473,8 @@ class _Case:
             lives, host, narrow = Lives.RESIDENT, 0, False
             if network.when is When.START:
                 lives = squeeze.layered if network.layers else squeeze.start
-                away = {Lives.ON_DEMAND: size, Lives.STREAMED: WEIGHT_SLOTS * max(network.layers, default=0)}
+                between = size - sum(network.layers) + max(network.layers, default=0)
+                away = {Lives.ON_DEMAND: size, Lives.STREAMED: between}
                 starting = max(starting, space + away.get(lives, 0))
             elif network.when is When.BLOCK:
                 narrow = squeeze.narrow and network.least_workspace_bytes > 0
@@ -502,18 +515,19 @@ class _Case:
         """Matrices, attention and memory of this device's steps for one block, all parts where they are wanted."""
         card = self.card
         float8 = self.weights is Precision.FP8 and card.float8_tflops > 0
+        attend8 = self.cache is Precision.FP8 and card.float8_tflops > 0
         bandwidth = card.memory_gb_s * 1e9
         matrices = attention = memory = 0.0
         for network in self.stepping:
             in_8_bits = float8 and network.float8_bytes
-            rate = (card.float8_tflops if in_8_bits else card.bf16_tflops) * 1e12 * MATRIX_EFFICIENCY[self.schedule]
+            rate = (card.float8_tflops if in_8_bits else card.bf16_tflops) * 1e12 * MATRIX_EFFICIENCY
             read = self.network_bytes(network) / self.together / bandwidth
             matrices += max(network.work.matrices / rate, read)
-            attention += network.work.attention / (card.attention_tflops * 1e12)
+            attention += network.work.attention / (card.attention_tflops * (ATTENTION8_GAIN if attend8 else 1) * 1e12)
             memory += network.work.traffic / bandwidth
             if self.weights is Precision.FP8 and not float8:
                 memory += DEQUANTISE_BYTES * network.float8_bytes / self.together / bandwidth
-        if self.rings and self.cache is Precision.FP8:
+        if self.rings and self.cache is Precision.FP8 and not attend8:
             numbers = self.rings.layers * (self.rings.ring_bytes + self.rings.conditioning_bytes) / 2
             memory += DEQUANTISE_KV_BYTES * numbers / bandwidth
         # A device that waits for its kernels to be started counts as waiting for memory.

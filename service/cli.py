@@ -94,6 +94,9 @@ def run_command(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same video. Default 0.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, as 704x384. Default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="live-avatar-14b without its files: how fast it is, not how good.")
+    ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the video if it exists.")] = False,
@@ -110,7 +113,7 @@ def run_command(
     width, height = parse_size(size)
     settings = load_settings(
         config,
-        assignments or (),
+        [*(assignments or ()), *(["model.options.random_weights=true"] if random_weights else [])],
         model__name=model,
         model__prompt=prompt,
         model__seed=seed,

@@ -177,6 +177,7 @@ class _Daemon:
         """A step that hangs is seen soon, and there is no end to starting again."""
         return dataclasses.replace(
             engine_settings(self._settings),
+            live=True,
             step_timeout_s=self._settings.live.step_timeout_s,
             restarts=Restarts(failed_loads=None),
         )

@@ -125,6 +125,7 @@ class _Broadcast:
         """As for a file, but a step that hangs is seen soon, and there is no end to starting again."""
         return dataclasses.replace(
             engine_settings(self._settings),
+            live=True,
             step_timeout_s=self._settings.live.step_timeout_s,
             restarts=Restarts(failed_loads=None),
         )

@@ -17,6 +17,10 @@ OWN_MODEL = re.compile(r".+\.py:\w+")
 """FILE.py:FUNCTION, called as function(size, steps, options)."""
 
 
+FAMILY_AT_RANDOM = "live_avatar"
+"""What `load_model` takes for a model without files, with the option random_weights."""
+
+
 class ModelError(AvatardError):
     """There is no such model, or it is not here yet."""
 
@@ -46,6 +50,8 @@ def resolve_model(name: str, settings: Settings) -> str:
     if name in table:
         if table[name]["embedded"]:
             return name
+        if settings.model.options.get("random_weights") is True:
+            return FAMILY_AT_RANDOM
         folder = models_folder(settings) / name
         if not folder.is_dir():
             raise ModelError(f"model {name}: not in {folder}; download it with: avatard fetch {name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from audio.errors import AvatardError
 from avatar.cards import GIB, MIB, TABLE, Card, CardError, cache_file, card_key, find_card, load_cards
 from avatar.live_avatar.size import Shape
+from avatar.machine import bytes_of, host_memory
 from avatar.placement import (
     OFFLOAD_WORDS,
     DoesNotFit,
@@ -179,11 +179,10 @@ def _word(option: str, word: str, words: type[Word], names: Iterable[str] | None
 
 
 def _bytes(option: str, text: str) -> int:
-    """24GiB, 24G or 24000MiB; GB are taken for GiB, as GPU makers do."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise PlanError(f"{option} {text}: not an amount of memory, such as 24GiB")
-    return int(float(match[1]) * (GIB if match[2] in "gG" else MIB))
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise PlanError(f"{option} {text}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,22 +232,3 @@ def _measure(cache: Path, driver: str) -> None:
         raise CardError(f"measuring the GPU failed: {reason[0]}") from error
     except subprocess.TimeoutExpired as error:
         raise CardError(f"measuring the GPU took more than {MEASURE_TIMEOUT_S:g} s") from error
-
-
-def host_memory(root: Path = Path("/")) -> int:
-    """Bytes that a process may still take of this machine's memory, limits of its control group included."""
-    rows = (root / "proc/meminfo").read_text("ascii").splitlines()
-    info = {name: int(rest.split()[0]) * 1024 for name, _, rest in (row.partition(":") for row in rows)}
-    available = info["MemAvailable"]
-    group = root / "sys/fs/cgroup"
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = int((group / limit).read_text("ascii")), int((group / used).read_text("ascii"))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-        # Above all there is at present: a machine that is given more as it asks for it.
-        return most if info["MemTotal"] < most < 1 << 50 else min(available, most - now)
-    return available

@@ -55,13 +55,15 @@ class EngineSettings:
     """Which model, how long to wait for it, and what to do when it dies.
 
     model: a family's name, a folder of weights, or FILE.py:FUNCTION; size: width and height in pixels; steps: of
-    denoising; options: the family's own; load_timeout_s, step_timeout_s: after which a silent process is killed.
+    denoising; options: the family's own; live: as `load_model` takes it. load_timeout_s, step_timeout_s: after which a
+    silent process is killed.
     """
 
     model: str
     size: tuple[int, int] | None = None
     steps: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    live: bool = False
     load_timeout_s: float = 1800.0
     step_timeout_s: float = 300.0
     restarts: Restarts = field(default_factory=Restarts)
@@ -233,7 +235,7 @@ class Engine:
 
     async def _spawn(self) -> ModelProcess:
         settings = self.settings
-        load = {"model": settings.model, "size": settings.size, "steps": settings.steps}
+        load = {"model": settings.model, "size": settings.size, "steps": settings.steps, "live": settings.live}
         self._ended.clear()
         self._process = await ModelProcess.spawn(
             {**load, "options": dict(settings.options)}, settings.load_timeout_s, self._snapshots, self._on_end

@@ -4,7 +4,7 @@ Started by `streaming.engine_process` as `python -m streaming.engine_child FRAME
 is a JSON header and bytes:
 
     to the child                                          from the child
-    load     model size steps options slots               ready   spec, load_s
+    load     model size steps options live slots           ready   spec, load_s
     open     id session history shape prompt seed + image done    id seconds bytes
     step     id session block start valid samples pieces  block   id slot frames start    + sound; before its `done`
              + sound
@@ -69,14 +69,16 @@ def slot_bytes(spec: dict[str, Any]) -> int:
     return int(spec["frames_per_block"] * spec["height"] * spec["width"] * 3)
 
 
-def load(model: str, size: Sequence[int] | None, steps: int | None, options: dict[str, Any]) -> AvatarModel:
+def load(
+    model: str, size: Sequence[int] | None, steps: int | None, options: dict[str, Any], live: bool = False
+) -> AvatarModel:
     """The model by its name or folder (`avatar.load`), or from a Python file of the user's own (FILE.py:FUNCTION)."""
     pair = (size[0], size[1]) if size else None
     match = MODEL_FILE.fullmatch(model)
     if match is None:
         from avatar.load import load_model  # here, since it imports torch
 
-        return load_model(model, size=pair, steps=steps, options=options)
+        return load_model(model, size=pair, steps=steps, options=options, live=live)
     module_spec = importlib.util.spec_from_file_location(OWN_MODULE, match["path"])
     if module_spec is None or module_spec.loader is None or not os.path.exists(match["path"]):
         raise AvatardError(f"model {model}: there is no file {match['path']}")
@@ -127,7 +129,9 @@ class Child:
     def _load(self, header: dict[str, Any]) -> bool:
         began = time.monotonic()
         try:
-            self._model = load(header["model"], header["size"], header["steps"], header["options"])
+            self._model = load(
+                header["model"], header["size"], header["steps"], header["options"], header.get("live", False)
+            )
             spec = asdict(self._model.spec)
             os.ftruncate(self._descriptor, slot_bytes(spec) * header["slots"])
             self._frames = np.frombuffer(mmap.mmap(self._descriptor, 0), np.uint8).reshape(header["slots"], -1)

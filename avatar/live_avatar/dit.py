@@ -346,6 +346,8 @@ class CausalDiT(nn.Module):
         """Matrices that share their weights with those of the blocks, one for each, where there are any."""
         self.enter: Enter | None = None
         """Told of each layer that a step is about to enter; for what has to be there by then (`avatar.offload`)."""
+        self.adopt: Callable[[KVCache], None] = lambda cache: None
+        """Given each cache before steps that use it; brings its rings where they live now (`avatar.offload`)."""
 
     @property
     def dtype(self) -> torch.dtype:

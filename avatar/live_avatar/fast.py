@@ -6,7 +6,8 @@ are in docs/performance.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from avatar.compile import compile_methods, replay, uncompiled
-from avatar.live_avatar.dit import CausalDiT
+from avatar.live_avatar.dit import Block, CausalDiT
 from avatar.live_avatar.generator import LATENTS_PER_BLOCK, LiveAvatar
 from avatar.live_avatar.vae import WanVae, decode_onward
-from avatar.quantize import quantize_linears
+from avatar.quantize import join, quantize_linears
 
 
 def use_float8(dit: CausalDiT) -> int:
@@ -35,13 +36,16 @@ def use_float8_attention(dit: CausalDiT) -> None:
     dit.float8_cache = True
 
 
+def joined(block: Block) -> nn.Module:
+    """A layer that gives queries, keys and values at once; the separate ones become views of it."""
+    return join([block.self_attn.q, block.self_attn.k, block.self_attn.v])
+
+
 def fuse(dit: CausalDiT) -> None:
     """Few kernels instead of many: `avatar.live_avatar.fused`. After `use_float8`, if that is wanted."""
     from avatar.live_avatar.fused import FusedStep
 
-    step = FusedStep(dit)
-    dit.step_by_layer = step  # type: ignore[method-assign]
-    dit.joined = step.qkv
+    dit.step_by_layer = FusedStep(dit)  # type: ignore[method-assign]
 
 
 def compile_transformer(dit: CausalDiT) -> None:
@@ -55,20 +59,48 @@ def compile_transformer(dit: CausalDiT) -> None:
     dit.prefill = uncompiled(dit.prefill)  # type: ignore[method-assign]
 
 
-def compile_vae(vae: WanVae) -> None:
-    """A block's latents through the decoder at once, channels last, norms and activations fused."""
+def compile_vae(
+    vae: WanVae, latents_per_call: int = LATENTS_PER_BLOCK, room: Callable[[int], int] | None = None
+) -> None:
+    """Channels last, norms and activations fused; a block's latents through the decoder at once, or one of them.
+
+    room: bytes for so many latents at once; without it cuDNN takes whatever makes it a little faster.
+    """
+    tried: set[tuple[int, ...]] = set()
     channels_last(vae.model)
-    vae.latents_per_call = LATENTS_PER_BLOCK
+    vae.latents_per_call = latents_per_call
     compiled = torch.compile(decode_onward, fullgraph=True, dynamic=False)
 
     def onward(decoder: nn.Module, latents: Tensor, memory: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        if latents.shape[2] != vae.latents_per_call:
+        if latents.shape[2] not in (1, LATENTS_PER_BLOCK):
             return decode_onward(decoder, latents, memory)
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
             # One layout from the first call on, or there would be a second graph.
-            return compiled(decoder, _channels_last_view(latents), [_channels_last_view(x) for x in memory])
+            inputs = _channels_last_view(latents), [_channels_last_view(x) for x in memory]
+            if room is None or latents.shape in tried:
+                return compiled(decoder, *inputs)
+            # The memory may be copied into this layout; from then on it has it.
+            with _at_most(room(latents.shape[2]) + sum(x.nbytes for x in memory), latents.device):
+                made = compiled(decoder, *inputs)
+            tried.add(tuple(latents.shape))
+            return made
 
     vae.onward = onward
+
+
+@contextmanager
+def _at_most(bytes_: int, device: torch.device) -> Iterator[None]:
+    """No more than that beside what is in use. cuDNN tries its kernels at their first call, with all it can get: one
+    that wants 10 GiB is a few per cent faster than one that wants two."""
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    limit = (torch.cuda.memory_reserved(device) + bytes_) / total
+    torch.cuda.set_per_process_memory_fraction(min(before, limit), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def _channels_last_view(x: Tensor) -> Tensor:
@@ -97,23 +129,17 @@ class GroupedProduct(nn.Module):
         return rearrange(torch.baddbmm(self.bias, rows, self.weight.mT), "g (b t) c -> b (g c) t", b=len(x))
 
 
+def regroup(speech: nn.Module) -> None:
+    """The position convolution of a transformers Wav2Vec2Model, which has 16 groups, as products."""
+    position: Any = speech.get_submodule("encoder.pos_conv_embed")
+    position.conv = GroupedProduct(position.conv)
+
+
 def replay_audio(model: LiveAvatar) -> None:
     """The hundreds of small kernels of speech and audio encoder as two graphs, the first once its window is full."""
-    position: Any = model.speech.model.get_submodule("encoder.pos_conv_embed")
-    position.conv = GroupedProduct(position.conv)
+    regroup(model.speech.model)
     replay(model.speech.model, "forward")
     replay(model.dit, "hear")
-
-
-def quicken(model: LiveAvatar, *, float8: bool, float8_attention: bool) -> None:
-    """All that makes a model on a GPU of Hopper's kind fast, in place, before its first session."""
-    if float8:
-        use_float8(model.dit)
-    if float8_attention:
-        use_float8_attention(model.dit)
-    fuse(model.dit)
-    compile_vae(model.vae)
-    replay_audio(model)
 
 
 def channels_last(module: nn.Module) -> None:

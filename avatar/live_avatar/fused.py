@@ -12,26 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avatar.attention import attention
-from avatar.cache import Conditioning, KVCache
+from avatar.cache import Conditioning, KVCache, store
 from avatar.kernels import Norm, Rounded, gelu, residual_norm, rotate, split_heads
 from avatar.live_avatar.audio_encoder import AudioTokens
 from avatar.live_avatar.dit import Attention, Block, CausalDiT, Injection, TextKV
-from avatar.quantize import Float8Linear, join
+from avatar.live_avatar.fast import joined
+from avatar.quantize import Float8Linear
 from avatar.sampling import Pass
 
 
 class FusedStep:
     """`CausalDiT.step_by_layer` of that network, whose weights may be 8-bit or not; batch 1.
 
-    Joins the weights of queries, keys and values of each block; the separate ones become views of the joined, so both
-    can be used and nothing is held twice.
+    Joins the weights of queries, keys and values of each block, unless that was done (`dit.joined`).
     """
 
     def __init__(self, dit: CausalDiT) -> None:
         self.dit = dit
         self.float8 = isinstance(dit.blocks[0].ffn[0], Float8Linear)
-        self.qkv = [join([block.self_attn.q, block.self_attn.k, block.self_attn.v]) for block in dit.blocks]
-        self.modulations = torch.cat([block.modulation.data for block in dit.blocks]).float()
+        if not dit.joined:
+            dit.joined = [joined(block) for block in dit.blocks]
+        self.qkv = dit.joined
+        # A layer that is brought in is gone again when the next but one is there: hence the copies.
+        self.modulations = torch.cat([block.modulation.data.float().clone() for block in dit.blocks])
 
     def __call__(
         self,
@@ -142,7 +145,8 @@ class FusedStep:
         for layer, k in enumerate(keys):
             if layer in cache.away:
                 continue
-            rotate(k[0, :tokens].flatten(1), table, out=cache.keys[layer][0, :tokens])
+            # Rounded as rings are that come from the host: to the type of the stream first.
+            store(rotate(k[0, :tokens].flatten(1), table).view(1, *k[0, :tokens].shape), cache.keys[layer][:, :tokens])
         cache.reference_position = position
 
 

@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
@@ -43,14 +44,15 @@ from avatar.live_avatar.vae import (
     to_uint8,
 )
 from avatar.live_avatar.weights import (
+    FromFile,
+    FromGenerator,
     Lora,
+    Source,
     WeightsError,
-    fill,
     find_files,
     load_speech_encoder,
     load_vae,
     open_checkpoint,
-    random_weights,
     read_json,
     width_of,
 )
@@ -301,6 +303,27 @@ class Speech(Protocol):
     def features(self, state: SpeechState, block: AudioBlock) -> Tensor: ...
 
 
+class Places(Protocol):
+    """Where parts live, for networks that do not all fit beside each other; see `avatar.place`."""
+
+    def settle(self, dit: CausalDiT, source: Source) -> None:
+        """Give the transformer, which has no weights yet, those of the source, each where it shall live."""
+        ...
+
+    def settle_rest(self, vae: WanVae, speech: nn.Module) -> None:
+        """The same for two networks whose weights are on the device."""
+        ...
+
+    def make_room(self, what: str, reason: str) -> None:
+        """The device had no memory for that part of the work: let more of the parts live elsewhere.
+
+        Raises: AvatardError: nothing more can leave.
+        """
+        ...
+
+
+Result = TypeVar("Result")
+
 Noise = Callable[[int, int, tuple[int, ...], torch.dtype, torch.device], Tensor]
 """Start noise of one clip, from (session seed, clip, shape, dtype, device)."""
 
@@ -322,6 +345,7 @@ class LiveAvatar:
         options: sizes and policies.
         device: where sessions live and work; that of the transformer's weights without it.
         noise: another source of start noise, for parity runs.
+        places: makes room when the device runs out of memory; the stream then goes on. Without it, that is an error.
     """
 
     def __init__(
@@ -334,11 +358,13 @@ class LiveAvatar:
         *,
         device: torch.device | str | None = None,
         noise: Noise = clip_noise,
+        places: Places | None = None,
     ) -> None:
         self.dit, self.vae, self.speech, self.prompts = dit, vae, speech, prompts
         self.options = options or Options()
         self.device = torch.device(device) if device is not None else dit.patch_embedding.weight.device
         self.noise = noise
+        self.places = places
         self.spec = StreamSpec(
             self.options.width,
             self.options.height,
@@ -422,6 +448,9 @@ class LiveAvatar:
     @torch.no_grad()
     def start(self, reference: Reference) -> Session:
         """A session: picture and prompt encoded, conditioning prefilled, decoder primed."""
+        return self._with_room("a beginning stream", lambda: self._start(reference))
+
+    def _start(self, reference: Reference) -> Session:
         options = self.options
         picture = torch.from_numpy(np.ascontiguousarray(self._fit(reference.image)))
         still = from_uint8(picture.to(self.device))[None, :, None].to(self.vae.dtype)
@@ -461,13 +490,13 @@ class LiveAvatar:
         """The blocks that a wavefront has not made yet; none where the steps run in sequence."""
         frames: list[FrameBlock] = []
         while state.coming:
-            if made := self._advance(state):
+            if made := self._with_room("steps", lambda: self._advance(state), state):
                 frames += self._show(state, made, LATENTS_PER_BLOCK)
         return frames
 
     @torch.no_grad()
     def _speak(self, state: Session, audio: AudioBlock, latents_at_once: int) -> Iterator[FrameBlock]:
-        if made := self._denoise(state, audio):
+        if made := self._with_room("steps", lambda: self._denoise(state, audio), state):
             yield from self._show(state, made, latents_at_once)
 
     def _show(self, state: Session, made: Coming, latents_at_once: int) -> Iterator[FrameBlock]:
@@ -518,13 +547,15 @@ class LiveAvatar:
         return Coming(flight, features, audio.samples[: audio.valid].copy())
 
     def _hear(self, features: Tensor) -> list[Injection | AudioTokens]:
-        heard = self.dit.hear(features)
+        heard = list(self.dit.hear(features))
         # What a captured graph gives is overwritten by the next block's; in a wavefront both are needed.
         return heard if self.options.schedule is Schedule.SEQUENTIAL else clone(heard)
 
     def _advance(self, state: Session) -> Coming | None:
         """One step of each block that is coming; the oldest, if that made it."""
         flights = [coming.flight for coming in state.coming]
+        for cache in state.caches:
+            self.dit.adopt(cache)
         if not advance(self.dit, flights, state.caches, state.levels, state.times, state.text):
             return None
         made = state.coming.pop(0)
@@ -549,12 +580,15 @@ class LiveAvatar:
             state.vae = prime(self.vae, self._encode_history(state)[:, :, -options.prime_latents :])
         parts: list[Tensor] = []
         for part in latents.split(latents_at_once, dim=2):
-            parts.append(self.vae.decode(part, state.vae))
+            parts.append(self._with_room("decoding", partial(self._pixels, part, state), state))
             yield parts[-1]
         state.decoded += 1
         if options.keeps_history and (per_clip or state.decoded <= options.clip_blocks):
             state.shown.append(torch.cat(parts, 2).to(self.vae.dtype))
             del state.shown[: -math.ceil(options.motion_frames / FRAMES_PER_BLOCK)]
+
+    def _pixels(self, latents: Tensor, state: Session) -> Tensor:
+        return self.vae.decode(latents, state.vae)
 
     @torch.no_grad()
     def set_pose(self, state: Session, video: Tensor) -> None:
@@ -631,6 +665,24 @@ class LiveAvatar:
 
     # Inside.
 
+    def _with_room(self, what: str, work: Callable[[], Result], state: Session | None = None) -> Result:
+        """What `work` gives; where the device has no memory for it, room is made, and it begins anew.
+
+        What it did to `state` is taken back before that: its rings are in place, and are written as they were.
+        """
+        while True:
+            before = _marked(state) if state else None
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                if self.places is None:
+                    raise
+                reason = ". ".join(str(error).split(". ")[:2])
+            # Not in the handler: as long as the error is known, so are the tensors of all that it came through.
+            if state and before:
+                vars(state).update(vars(before))
+            self.places.make_room(what, reason)
+
     def _fit(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         fit = cover if self.options.crop is Crop.COVER else centre_crop
         return fit(image, self.options.width, self.options.height)
@@ -684,6 +736,21 @@ class LiveAvatar:
         if state.pose is None or f0 >= state.pose.shape[2]:
             return None
         return state.pose[:, :, f0 : f0 + LATENTS_PER_BLOCK]
+
+
+def _marked(state: Session) -> Session:
+    """A session to go back to, as long as its caches are only written where they will be written again."""
+    distances = torch.Generator()
+    distances.set_state(state.distances.get_state())
+    return replace(
+        state,
+        distances=distances,
+        vae=replace(state.vae, cache=list(state.vae.cache)),
+        speech=replace(state.speech),
+        shown=list(state.shown),
+        recent=list(state.recent),
+        coming=[replace(c, flight=replace(c.flight, trace=list(c.flight.trace))) for c in state.coming],
+    )
 
 
 def latents_after_still(vae: WanVae, still: Tensor, frames: int, shown: Tensor | None = None) -> Tensor:
@@ -748,8 +815,9 @@ def load_dit(
     device: torch.device | str | None = None,
     lora_alpha: float = 64.0,
     lora_rank: int = 128,
+    places: Places | None = None,
 ) -> CausalDiT:
-    """The transformer from its original layout, a LoRA merged into it tensor by tensor.
+    """The transformer from its original layout, a LoRA merged into it tensor by tensor; places: where they go.
 
     Raises: WeightsError: files damaged, keys or shapes that do not fit; ConfigMismatch: another architecture.
     """
@@ -762,7 +830,11 @@ def load_dit(
     if lora is not None:
         change = Lora(open_checkpoint(lora), alpha=lora_alpha, rank=lora_rank)
         change.check(checkpoint.shapes)
-    fill(dit, checkpoint, change=change, dtype=dtype, device=device)
+    source = FromFile(dit, checkpoint, change=change, dtype=dtype, device=device)
+    if places is None:
+        source.give()
+    else:
+        places.settle(dit, source)
     return dit
 
 
@@ -780,6 +852,8 @@ def load_live_avatar(
     prompt_store: Path | None = None,
     past_samples: int | None = None,
     lookahead_samples: int | None = None,
+    places: Places | None = None,
+    text_by_layer: bool = False,
 ) -> LiveAvatar:
     """The model in a folder of the original layouts, on one device.
 
@@ -789,6 +863,7 @@ def load_live_avatar(
         lora: the LoRA's file, where it lies elsewhere; need_lora: see `find_files`.
         prompt_store: where prompt embeddings are kept; ~/.cache/avatard/prompts without it.
         past_samples, lookahead_samples: of the speech window; `SpeechStream`'s own defaults without them.
+        places: where parts live, if not all on the device; text_by_layer: the text encoder too comes piece by piece.
     Raises: WeightsError, ConfigMismatch, OptionError.
     """
     files = find_files(directory, lora, need_lora=need_lora)
@@ -797,7 +872,14 @@ def load_live_avatar(
     window = {"past_samples": past_samples, "lookahead_samples": lookahead_samples}
     # The largest first: what the others need comes after its last temporary is gone.
     dit = load_dit(
-        files.dit, files.config, files.lora, dtype=dtype, device=device, lora_alpha=lora_alpha, lora_rank=lora_rank
+        files.dit,
+        files.config,
+        files.lora,
+        dtype=dtype,
+        device=device,
+        lora_alpha=lora_alpha,
+        lora_rank=lora_rank,
+        places=places,
     )
     vae = load_vae(files.vae, dtype=vae_dtype or dtype, device=device)
     model, normalised = load_speech_encoder(files.speech, dtype=dtype, device=device)
@@ -816,8 +898,10 @@ def load_live_avatar(
         model, normalised=normalised, **{key: value for key, value in window.items() if value is not None}
     )
     store = prompt_store or Path.home() / ".cache" / "avatard" / "prompts"
-    prompts = PromptEncoder(files.text, files.tokenizer, store, dtype=dtype, device=device)
-    return LiveAvatar(dit, vae, speech, prompts, options, device=device)
+    prompts = PromptEncoder(files.text, files.tokenizer, store, dtype=dtype, device=device, by_layer=text_by_layer)
+    if places is not None:
+        places.settle_rest(vae, model)
+    return LiveAvatar(dit, vae, speech, prompts, options, device=device, places=places)
 
 
 class GivenPrompt:
@@ -846,6 +930,7 @@ def random_live_avatar(
     seed: int = 0,
     vae_width: int = 96,
     speech_layers: int = 24,
+    places: Places | None = None,
 ) -> LiveAvatar:
     """The model with random weights: its speed and its memory without a download; its pictures are noise.
 
@@ -870,15 +955,27 @@ def random_live_avatar(
     vae = build_vae(vae_width)
     with torch.device("meta"):
         speech = Wav2Vec2Model(sound).eval().requires_grad_(False)
-    for place, module in enumerate((dit, vae, speech)):
-        random_weights(module, seed=seed + place, dtype=dtype, device=device)
+    source, *others = (
+        FromGenerator(module, seed=seed + number, dtype=dtype, device=device)
+        for number, module in enumerate((dit, vae, speech))
+    )
+    if places is None:
+        source.give()
+    else:
+        places.settle(dit, source)
+    for other in others:
+        other.give()
     generator = torch.Generator().manual_seed(seed)
     context = torch.randn(64, config.text_dim, generator=generator).to(dtype)
+    decoder = WanVae(vae).to(device)
+    if places is not None:
+        places.settle_rest(decoder, speech)
     return LiveAvatar(
         dit,
-        WanVae(vae).to(device),
+        decoder,
         SpeechStream(speech),
         GivenPrompt(context, TEXT_ENCODER_PARAMETERS * dtype.itemsize),
         options,
         device=device,
+        places=places,
     )

@@ -73,11 +73,14 @@ modulations, gates, rotations, GELU and roundings of `Block` counted one by one;
 
 STEP_BYTES_PER_TOKEN = 106_540
 """Activations of a step at their most, found by running `CausalDiT.step` on the meta device."""
-DECODE_BYTES_PER_PIXEL, DECODE_ONE_BYTES_PER_PIXEL = 17_835, 13_365
-"""The decoder's activations for each pixel of the picture, with a whole block at once, and with one latent at a time;
-found in the same way."""
-ENCODE_BYTES_PER_PIXEL = 5_800 + 2_810
-"""The encoder's activations and what it remembers, found in the same way."""
+WAITING_BYTES_PER_TOKEN = 4 * DIM
+"""Of those, the stream and its norm, which a pass keeps from layer to layer."""
+DECODE_BYTES_PER_PIXEL, DECODE_ONE_BYTES_PER_PIXEL = 28_200, 16_000
+"""What the decoder may work in, for each pixel of the picture, with a whole block at once and with one latent at a
+time: its activations (17,835 and 13,365, found in the same way), and room that makes cuDNN's convolutions fast."""
+ENCODE_BYTES_PER_PIXEL = 20_700
+"""What the beginning of a stream works in, the most when the decoder is primed and its memory changes its layout. The
+encoder's activations and memory are 8,610, found in the same way."""
 SPEECH_BYTES = 300_000_000
 """wav2vec2's activations for a window of 8.4 s: 25 states of 418 frames and the first convolutions' outputs;
 estimated."""
@@ -185,7 +188,6 @@ class Shape:
                 self.ring_blocks,
                 ring_bytes=self.ring_blocks * self.queries * kv_bytes,
                 conditioning_bytes=self.conditioning * kv_bytes,
-                head_dim=HEAD_DIM,
             ),
             Network(
                 "VAE decoder",
@@ -218,6 +220,7 @@ class Shape:
                 launches=25 * LAYERS,
             ),
             workspace_bytes=STEP_BYTES_PER_TOKEN * queries,
+            waiting_bytes=WAITING_BYTES_PER_TOKEN * queries,
             session_bytes=LAYERS * TEXT_TOKENS * kv_bytes + self._kept_bytes(),
         )
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -208,6 +208,68 @@ def open_checkpoint(path: Path) -> Checkpoint:
 # from file to network
 
 
+class Source(Protocol):
+    """Where a network's tensors come from, a few at a time."""
+
+    def give(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Fill in the network's tensors of these names, in place; each name once."""
+        ...
+
+
+class FromFile:
+    """A network's tensors out of a checkpoint, one at a time.
+
+    Args:
+        module: its tensors may be on the meta device, and are replaced, not copied into.
+        dtype: of the stored floating point tensors; as in the file without it.
+        device: where they go, before `change` and the change of type; the CPU without it.
+        tied: names in the network that share another's tensor and have none of their own in the file.
+    Raises: WeightsError: a key without place, a place without key, a wrong shape.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        checkpoint: Checkpoint,
+        *,
+        rename: Rename = lambda key: key,
+        change: Change | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        tied: Iterable[str] = (),
+    ) -> None:
+        self._module, self._checkpoint = module, checkpoint
+        self._change, self._dtype, self._device = change, dtype, device
+        wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
+        for shared in tied:
+            wanted.pop(shared)
+        self._keys: dict[str, str] = {}
+        for key, shape in checkpoint.shapes.items():
+            name = rename(key)
+            if name is None:
+                continue
+            if name not in wanted:
+                raise WeightsError(f"{checkpoint.path}: {key}: the network has no such tensor")
+            if name in self._keys:
+                raise WeightsError(f"{checkpoint.path}: {key}: the same tensor as {self._keys[name]}")
+            if wanted[name] != shape:
+                raise WeightsError(f"{checkpoint.path}: {key}: shape {list(shape)}, wanted {list(wanted[name])}")
+            self._keys[name] = key
+        missing = [name for name in wanted if name not in self._keys]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise WeightsError(f"{checkpoint.path}: {missing[0]}{more}: missing")
+
+    def give(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """See `Source.give`. Raises: WeightsError: a damaged file."""
+        for name, key in self._keys.items():
+            if wanted(name):
+                tensor = self._checkpoint.read(key).to(device=self._device)
+                if self._change is not None:
+                    tensor = self._change(key, tensor)
+                _assign(self._module, name, tensor.to(dtype=self._dtype if tensor.is_floating_point() else None))
+
+
 def fill(
     module: nn.Module,
     checkpoint: Checkpoint,
@@ -218,39 +280,11 @@ def fill(
     device: torch.device | str | None = None,
     tied: Iterable[str] = (),
 ) -> None:
-    """Give a network its weights, one tensor at a time.
+    """Give a network all its weights, in place; see `FromFile`.
 
-    Args:
-        module: changed in place; its tensors may be on the meta device, and are replaced, not copied into.
-        dtype: of the stored floating point tensors; as in the file without it.
-        device: where they go; the CPU without it.
-        tied: names in the network that share another's tensor and have none of their own in the file.
     Raises: WeightsError: a key without place, a place without key, a wrong shape, a damaged file.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
-    for shared in tied:
-        wanted.pop(shared)
-    places: dict[str, str] = {}
-    for key, shape in checkpoint.shapes.items():
-        name = rename(key)
-        if name is None:
-            continue
-        if name not in wanted:
-            raise WeightsError(f"{checkpoint.path}: {key}: the network has no such tensor")
-        if name in places:
-            raise WeightsError(f"{checkpoint.path}: {key}: the same tensor as {places[name]}")
-        if wanted[name] != shape:
-            raise WeightsError(f"{checkpoint.path}: {key}: shape {list(shape)}, wanted {list(wanted[name])}")
-        places[name] = key
-    missing = [name for name in wanted if name not in places]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise WeightsError(f"{checkpoint.path}: {missing[0]}{more}: missing")
-    for name, key in places.items():
-        tensor = checkpoint.read(key)
-        if change is not None:
-            tensor = change(key, tensor)
-        _assign(module, name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
+    FromFile(module, checkpoint, rename=rename, change=change, dtype=dtype, device=device, tied=tied).give()
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -262,6 +296,48 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
+class FromGenerator:
+    """A network's tensors out of a generator: its speed and its memory, not its pictures.
+
+    Matrices and kernels are normal with variance 1 / fan-in, gains 1, biases 0, so that activations stay finite at any
+    depth. Tensors are made on `device`; one tensor that two names share stays shared.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        place = torch.device(device or "cpu")
+        self._module, self._device = module, device
+        self._generator = None if place.type == "meta" else torch.Generator(device=place).manual_seed(seed)
+        self._tied = dict(getattr(module, "_tied_weights_keys", None) or {})
+        self._like = {
+            name: (tensor.shape, (dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in module.state_dict().items()
+            if name not in self._tied
+        }
+
+    def give(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """See `Source.give`; the numbers depend on the order in which names are wanted."""
+        for name in filter(wanted, self._like):
+            shape, kind = self._like[name]
+            new = torch.empty(shape, dtype=kind, device=self._device)
+            if not kind.is_floating_point or name.endswith("bias"):
+                new.zero_()
+            elif sum(side > 1 for side in shape) < 2:
+                new.fill_(1)
+            else:
+                new.normal_(0, (new.numel() / shape[0]) ** -0.5, generator=self._generator)
+            _assign(self._module, name, new)
+        for name, source in self._tied.items():
+            if wanted(source):
+                _assign(self._module, name, self._module.get_parameter(source))
+
+
 def random_weights(
     module: nn.Module,
     *,
@@ -269,28 +345,8 @@ def random_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> None:
-    """Fill a network from a generator instead of a file: its speed and its memory, not its pictures.
-
-    Matrices and kernels are normal with variance 1 / fan-in, gains 1, biases 0, so that activations stay finite at any
-    depth. Tensors are made on `device`; one tensor that two names share stays shared.
-    """
-    place = torch.device(device or "cpu")
-    generator = None if place.type == "meta" else torch.Generator(device=place).manual_seed(seed)
-    tied = dict(getattr(module, "_tied_weights_keys", None) or {})
-    for name, old in list(module.state_dict(keep_vars=True).items()):
-        if name in tied:
-            continue
-        kind = (dtype or old.dtype) if old.is_floating_point() else old.dtype
-        new = torch.empty(old.shape, dtype=kind, device=device)
-        if not kind.is_floating_point or name.endswith("bias"):
-            new.zero_()
-        elif old.squeeze().ndim < 2:
-            new.fill_(1)
-        else:
-            new.normal_(0, (old.numel() / old.shape[0]) ** -0.5, generator=generator)
-        _assign(module, name, new)
-    for name, source in tied.items():
-        _assign(module, name, module.get_parameter(source))
+    """Fill a network from a generator instead of a file, in place; see `FromGenerator`."""
+    FromGenerator(module, seed=seed, dtype=dtype, device=device).give()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,9 +410,10 @@ class Lora:
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         if name in self.replaced:
-            tensor = self.checkpoint.read(self.replaced[name]).to(tensor.dtype)
+            tensor = self.checkpoint.read(self.replaced[name]).to(tensor)
         if name in self.down:
-            delta = self.checkpoint.read(self.up[name]).float() @ self.checkpoint.read(self.down[name]).float()
+            up, down = (self.checkpoint.read(side[name]).to(tensor.device).float() for side in (self.up, self.down))
+            delta = up @ down
             tensor = tensor.float().add(delta.mul_(self.alpha / self.rank)).to(tensor.dtype)
         return tensor
 

@@ -16,6 +16,7 @@ from avatar.live_avatar import size as sizes
 from avatar.live_avatar.size import Shape, SizeError, decoder_operations
 from avatar.placement import (
     OFFLOAD_WORDS,
+    STREAM_EFFICIENCY,
     DoesNotFit,
     Host,
     Lives,
@@ -26,6 +27,7 @@ from avatar.placement import (
     Target,
     first_live,
     plan,
+    reserve_bytes,
     spread,
     step_down,
     ways_to_live,
@@ -155,8 +157,8 @@ def test_lesser_shapes_ask_for_less_each():
 def test_with_all_of_an_h200_everything_is_resident():
     for weights, schedule in ((BF16, SEQUENTIAL), (FP8, SEQUENTIAL), (FP8, WAVEFRONT)):
         placement = planned(weights=weights, schedule=schedule)
-        assert {place.lives for place in placement.devices[0].places} == {Lives.RESIDENT}
-        assert placement.cache is BF16
+        away = [place.part for place in placement.devices[0].places if place.lives is not Lives.RESIDENT]
+        assert away == ["text encoder"]
         assert placement.devices[0].seconds.link == 0
 
 
@@ -177,7 +179,7 @@ def test_with_24_gib_a_wavefront_streams_at_more_than_four_fifths_of_the_residen
     placement, resident = planned(gib=24), planned(weights=FP8, schedule=WAVEFRONT)
     assert (placement.weights, placement.schedule) == (FP8, WAVEFRONT)
     assert placement.fps >= 0.8 * resident.fps
-    assert placement.devices[0].peak_bytes < 23 * GIB
+    assert placement.devices[0].peak_bytes <= 24 * GIB - reserve_bytes(24 * GIB)
 
 
 def test_with_12_gib_nearly_everything_streams():
@@ -186,7 +188,7 @@ def test_with_12_gib_nearly_everything_streams():
     assert len(part(placement, "transformer").resident_layers) < 8
     assert part(placement, "VAE decoder").narrow
     assert placement.fps >= 4
-    assert placement.devices[0].peak_bytes < 11 * GIB
+    assert placement.devices[0].peak_bytes < 11.6 * GIB
 
 
 def test_little_host_memory_keeps_more_on_the_device():
@@ -210,12 +212,12 @@ def test_a_card_without_8_bit_products_still_saves_memory_with_8_bit_weights():
 
 
 def test_rings_on_the_host_give_back_only_the_new_block():
-    placement = planned(gib=10.6, schedule=SEQUENTIAL, offload=Offload.BLOCK)
+    placement = planned(gib=11.7, schedule=SEQUENTIAL, offload=Offload.BLOCK)
     rings, device = part(placement, "rings"), placement.devices[0]
     assert rings.resident_layers == ()
     weights = 4 * part(placement, "transformer").host_bytes
     inward = weights + rings.host_bytes * 3 / 4
-    assert device.seconds.link == pytest.approx(inward / (H200.link_gb_s * 1e9 * 0.9), rel=1e-3)
+    assert device.seconds.link == pytest.approx(inward / (H200.link_gb_s * 1e9 * STREAM_EFFICIENCY), rel=1e-3)
 
 
 def test_in_a_wavefront_weights_come_once_for_all_steps():
@@ -308,7 +310,8 @@ def test_every_plan_keeps_to_its_limits(card, shape, target, vram, host_gib):
     except DoesNotFit:
         return
     device = placement.devices[0]
-    assert max(device.peak_bytes, device.start_peak_bytes) <= device.limit_bytes <= min(vram, card.memory_bytes) - GIB
+    budget = min(vram, card.memory_bytes)
+    assert max(device.peak_bytes, device.start_peak_bytes) <= device.limit_bytes == budget - reserve_bytes(budget)
     assert placement.host_bytes <= placement.host_limit_bytes < host.memory_bytes
     assert sum(place.device_bytes for place in device.places) < device.peak_bytes
     assert sum(place.host_bytes for place in device.places) == device.host_bytes
@@ -332,17 +335,17 @@ def test_what_does_not_fit_says_what_is_short_and_what_would_fit():
     with pytest.raises(DoesNotFit) as caught:
         planned(gib=8)
     assert str(caught.value) == (
-        "H200 is short of 2.2 GiB: 9.2 GiB at least (VAE decoder 5.2 GiB, transformer 2.1 GiB, rings 1.3 GiB), "
-        "7.0 GiB may be used; nearest that fits: 448x256, 4 steps (fp8 weights, fp8 keys, wavefront, transformer "
-        "streamed, 1 of 40 layers stay, rings streamed, 1 of 40 layers stay), 23.7 fps"
+        "H200 is short of 3.6 GiB: 11.1 GiB at least (VAE decoder 5.6 GiB, rings 2.3 GiB, transformer 1.7 "
+        "GiB), 7.5 GiB may be used; nearest that fits: 448x256, 4 steps (fp8 weights, fp8 keys, wavefront, "
+        "transformer streamed, 2 of 40 layers stay, rings streamed), 21.8 fps"
     )
-    assert caught.value.device_short_bytes == pytest.approx(2.2 * GIB, rel=0.03)
+    assert caught.value.device_short_bytes == pytest.approx(3.6 * GIB, rel=0.03)
     assert caught.value.host_short_bytes == 0
 
 
 def test_a_short_host_is_named_and_how_much_would_do():
     with pytest.raises(DoesNotFit, match=r"^the host is short of .*nearest that fits: \d+\.\d GiB of host memory"):
-        planned(gib=12, host=Host(32 * GIB))
+        planned(gib=16, host=Host(24 * GIB))
 
 
 def test_where_nothing_fits_that_is_said():
@@ -377,18 +380,18 @@ def test_the_table_for_people():
 GOLDEN = """\
 GPU 0: H200, 140.4 GiB, rates measured
   part                precision  on the GPU  on the host  lives
-  text encoder        bf16                -            -  streamed
+  text encoder        bf16                -            -  on demand
   VAE encoder         bf16                -            -  on demand
   speech encoder      bf16          0.6 GiB            -  resident
   VAE decoder         bf16          1.3 GiB            -  resident
   embeddings          bf16          0.7 GiB            -  resident
-  transformer         fp8          12.8 GiB      3.4 GiB  streamed, 31 of 40 layers stay
-  rings               fp8           1.8 GiB     19.9 GiB  streamed
-  workspace and CUDA                5.8 GiB
-  peak                             23.0 GiB  of 23.0 GiB that may be used; 17.0 GiB while a stream begins
-  a block in 681 ms: steps 576 (matrices 245, attention 268, memory 64) beside the link's 398, then 104
-host: peak 27.3 GiB of 124.0 GiB that may be used
-wavefront: 17.6 frames/s, bound by compute, 2.72 s from sound to picture; does not hold 25 fps live"""
+  transformer         fp8           9.4 GiB      6.8 GiB  streamed, 22 of 40 layers stay
+  rings               fp8           2.3 GiB     19.3 GiB  streamed
+  workspace and CUDA                8.7 GiB
+  peak                             23.0 GiB  of 23.0 GiB that may be used; 22.4 GiB while a stream begins
+  a block in 595 ms: steps 521 (matrices 275, attention 198, memory 48) beside the link's 519, then 74
+host: peak 30.1 GiB of 124.0 GiB that may be used
+wavefront: 20.2 frames/s, bound by compute, 2.38 s from sound to picture; does not hold 25 fps live"""
 
 
 # Cards.

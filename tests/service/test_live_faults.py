@@ -98,7 +98,8 @@ class Air:
 
 
 @contextlib.asynccontextmanager
-async def on_air(folder: Path, nginx: RtmpServer, line: Proxy) -> AsyncIterator[Air]:
+async def on_air(folder: Path, nginx: RtmpServer, line: Proxy, direct: bool = False) -> AsyncIterator[Air]:
+    """direct: without the line, whose buffers take in seconds of a narrow stream that nobody reads any more."""
     os.mkdir(folder)
     fifo, picture = folder / "voice", folder / "presenter.png"
     os.mkfifo(fifo)
@@ -107,7 +108,7 @@ async def on_air(folder: Path, nginx: RtmpServer, line: Proxy) -> AsyncIterator[
     events: list[dict[str, Any]] = []
     watcher = LiveWatcher()
     watcher.event = events.append  # type: ignore[method-assign]
-    targets = (str(folder / "show.mp4"), line.url(nginx.url()))
+    targets = (str(folder / "show.mp4"), nginx.url() if direct else line.url(nginx.url()))
     request = LiveRequest(picture, str(fifo), targets, "s16le:16000:1", stay=True)
     broadcast = _Broadcast(request, settings, watcher, time.monotonic(), time.monotonic)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -248,12 +249,14 @@ async def test_a_fault_of_the_server_costs_the_file_nothing_and_the_stream_comes
         with Proxy(nginx.port) as line:
             if fault is silent:
                 line.tarpit()
-            async with on_air(tmp_path / "live", nginx, line) as air:
+            async with on_air(tmp_path / "live", nginx, line, direct=fault is frozen) as air:
                 figures = await fault(air)
                 await asyncio.sleep(3)
                 report(fault.__name__, **figures, lane=air.lane.state, reconnects=air.lane.reconnects)
                 if soon_s is not None:
                     assert figures["first_keyframe_s"] <= soon_s
+                if fault is frozen:
+                    assert figures["noticed_s"] <= 5
     finally:
         nginx.close()
 
@@ -488,6 +491,30 @@ def test_speech_begins_and_stops_within_a_block_and_a_quarter_of_a_second(tmp_pa
     assert file.video.gaps.count == 0
     assert spread(leaving)["p95"] <= 1500
     assert spread(closed)["p95"] <= 1500
+
+
+def test_speech_leaves_the_encoder_within_a_block_and_a_quarter_of_a_second(tmp_path):
+    """The embedded model to a file alone: nobody on these cores reads the stream beside it."""
+    rng = np.random.default_rng(1)
+    folder = tmp_path / "live"
+    folder.mkdir()
+    os.mkfifo(folder / "voice")
+    fast = "--set=encoder.preset=ultrafast"
+    with Live(folder, ["show.mp4"], fast, "--stay", audio=str(folder / "voice"), model=FLASHING) as live:
+        live.wait_for("on air", 60)
+        voice, said = Voice(folder / "voice"), []
+        time.sleep(3)
+        for _ in range(UTTERANCES):
+            said.append(voice.say(clicking(0.5, None)))
+            time.sleep(1.3 + float(rng.uniform(0, 0.96)))
+        voice.close()
+        status = live.of("status")[-1]
+        assert live.stop() == 0
+    left = np.array(skew.read(folder / "show.mp4").flashes) + beginning(live)
+    leaving = spread([float(left[left > at].min() - at) for at in said])
+    report("speech to flash, to a file alone", **leaving, load=status["load"], held=live.of("ended")[-1]["held"])
+    assert leaving["n"] == UTTERANCES
+    assert leaving["p95"] <= 1500
 
 
 # Hours at once

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from avatar.cards import GIB, MIB, CardError, card_key, find_card, store_card
-from avatar.placement import DoesNotFit
+from avatar.placement import DoesNotFit, reserve_bytes
 from service import cli
 from service.plan import PlanError, Question, answer, host_memory, probe
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_understood_is_said_with_what_can(said, message):
 @pytest.mark.parametrize("amount", ["24GiB", "24G", "24 GB", "24576MiB", "24.0g"])
 def test_an_amount_of_memory_is_read_as_people_write_it(amount):
     limit = asked(gpu="h200", vram=amount).table[MODEL]["placement"]["devices"][0]["limit_bytes"]
-    assert limit == 23 * GIB
+    assert limit == 24 * GIB - reserve_bytes(24 * GIB)
 
 
 def test_what_does_not_fit_is_one_line_and_exit_status_2(capsys):
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_one_line_and_exit_status_2(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["plan", MODEL, "--gpu", "h200", "--vram", "8GiB"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("avatard: H200 is short of 2.2 GiB")
+    assert capsys.readouterr().err.startswith("avatard: H200 is short of 3.6 GiB")
 
 
 def test_a_model_that_needs_no_gpu_has_nothing_to_place():

@@ -1,7 +1,12 @@
 """How fast the full-size model is on this machine, and how far its fast modes are from float32: docs/performance.md.
 
-    python -m avatar.live_avatar.gpu_bench speed  [--modes bf16,float8+fused] [--size 704x384] [--merge] [--profile]
-    python -m avatar.live_avatar.gpu_bench errors [--modes bf16,float8+fused] [--layers 8]
+    python -m avatar.gpu_bench same   [--modes bf16+fused,float8+attention8+fused]
+    python -m avatar.gpu_bench plans  [--cases bf16,float8-24GiB] [--seconds 600]
+    python -m avatar.gpu_bench speed  [--modes bf16,float8+fused] [--size 704x384] [--merge] [--profile]
+    python -m avatar.gpu_bench errors [--modes bf16,float8+fused] [--layers 8]
+
+`plans` runs what `avatar.place` plans, each case in a process of its own, with the allocator held to the budget: what
+was predicted beside what was measured. `speed` and `errors` apply single optimisations to a model that is all resident.
 
 Weights are random: speed and memory do not depend on their values. Each case is printed as one JSON line, with the
 machine's own ceilings and the time that the case would take at these ceilings (its floor).
@@ -14,7 +19,9 @@ import gc
 import json
 import platform
 import statistics
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +34,13 @@ from torch import Tensor
 
 from audio.chunk import AudioBlock
 from avatar.attention import attention
+from avatar.demand import Schedule
 from avatar.live_avatar import fast
 from avatar.live_avatar.dit import CausalDiT, DiTConfig
 from avatar.live_avatar.generator import FRAMES_PER_BLOCK, LATENTS_PER_BLOCK, LiveAvatar, Options, random_live_avatar
 from avatar.model import Reference
+from avatar.offload import stream_layers, stream_rings
+from avatar.place import Wish, choose
 from avatar.quantize import quantize
 from avatar.sampling import denoise_block, sigmas, step_modulations
 
@@ -183,30 +193,34 @@ def sound(block: int, lookahead: int) -> AudioBlock:
 def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, Any]:
     """Times of steady blocks, rings full, sound in and uint8 frames out: medians in ms, and frames a second."""
     picture = np.random.default_rng(0).integers(0, 256, (model.spec.height, model.spec.width, 3), np.uint8)
+    memory = {"loaded": torch.cuda.memory_allocated(), "loading": torch.cuda.max_memory_allocated()}
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     state = model.start(Reference(picture, seed=1))
     torch.cuda.synchronize()
     started = time.perf_counter()
+    memory |= {"started": torch.cuda.memory_allocated(), "starting": torch.cuda.max_memory_allocated()}
     # Until the rings are full, and the window of the speech encoder.
-    warmup = max(model.options.ring_blocks, model.speech.past_samples // SAMPLES) + 3
+    warmup = max(model.options.ring_blocks, model.speech.past_samples // SAMPLES) + model.options.passes
     for i in range(warmup):
         model.step(state, sound(i, model.spec.lookahead_samples))
         if i == 0:
             first = time.perf_counter()
     walls = []
     held_bytes = torch.cuda.memory_allocated()
-    with stopwatch((model.dit, "step"), (model.vae, "decode"), (model.speech, "features")) as times:
+    memory |= {"steady": held_bytes, "warming": torch.cuda.max_memory_allocated()}
+    torch.cuda.reset_peak_memory_stats()
+    with stopwatch((model, "_advance"), (model.vae, "decode"), (model.speech, "features")) as times:
         for i in range(warmup, warmup + blocks):
             begin = time.perf_counter()
             model.step(state, sound(i, model.spec.lookahead_samples))
             walls.append(1e3 * (time.perf_counter() - begin))
     medians = {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in times.items()}
-    steps = [a.elapsed_time(b) for a, b in times["step"]]
+    steps = [a.elapsed_time(b) for a, b in times["_advance"]]
     result = {
         "block_ms": round(statistics.median(walls), 1),
         "fps": round(1e3 * FRAMES_PER_BLOCK / statistics.median(walls), 2),
-        "step_ms": round(medians["step"], 2),
+        "step_ms": round(medians["_advance"], 2),
         "step_max_ms": round(max(steps), 2),
         "block_max_ms": round(max(walls), 1),
         "vae_ms": round(medians["decode"], 2),
@@ -214,6 +228,7 @@ def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, A
         "start_s": round(started - began, 2),
         "first_block_s": round(first - started, 2),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "memory_gib": {name: round(value / 2**30, 2) for name, value in memory.items()},
         "growth_mb": round((torch.cuda.memory_allocated() - held_bytes) / 1e6, 2),
     }
     if profiled:
@@ -253,6 +268,147 @@ def speed_case(mode: str, options: Options, blocks: int, profiled: bool) -> dict
         "step_over_floor": round(result["step_ms"] / floor, 3),
         "ceilings_tflops": {name: round(value) for name, value in vars(ceilings).items()},
     }
+
+
+# Plans.
+
+
+@dataclass(frozen=True)
+class Case:
+    """One to be planned, carried out and measured; goal: frames a second that are wanted."""
+
+    options: dict[str, Any]
+    wish: dict[str, str]
+    goal: float = 0.0
+
+
+BF16, FLOAT8, ALL8 = (
+    {"weights": "bf16", "keys": "bf16"},
+    {"weights": "fp8", "keys": "bf16"},
+    {"weights": "fp8", "keys": "fp8"},
+)
+SEQUENTIAL, WAVEFRONT = {"schedule": "sequential"}, {"schedule": "wavefront"}
+
+CASES = {
+    "bf16": Case(SEQUENTIAL, BF16, 13.5),
+    "float8": Case(SEQUENTIAL, FLOAT8),
+    "all8": Case(SEQUENTIAL, ALL8, 18),
+    "all8-wavefront": Case(WAVEFRONT, ALL8, 19.5),
+    "all8-merged": Case({**SEQUENTIAL, "merge_last_step": True}, ALL8, 24),
+    "all8-merged-640": Case({**SEQUENTIAL, "merge_last_step": True, "width": 640}, ALL8, 25),
+    "all8-24GiB": Case(WAVEFRONT, {**ALL8, "vram": "24GiB"}),
+    "all8-12GiB": Case(WAVEFRONT, {**ALL8, "vram": "12GiB"}, 4),
+    "bf16-48GiB": Case(WAVEFRONT, {**BF16, "vram": "48GiB"}, 8),
+    "all8-24GiB-sequential": Case(SEQUENTIAL, {**ALL8, "vram": "24GiB"}),
+}
+
+
+class Usage:
+    """The most that the whole device, and this process on the host, held while it was watched; bytes."""
+
+    def __init__(self) -> None:
+        self.device = self.host = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Usage:
+        self.before = self._used()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    @staticmethod
+    def _used() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.02):
+            self.device = max(self.device, self._used())
+            self.host = max(self.host, host_bytes())
+
+
+def host_bytes() -> int:
+    """Resident in the host's memory, of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def planned_case(name: str, seconds: float) -> dict[str, Any]:
+    """The case as `avatar.place` would run it: what it planned, and what happened."""
+    case, began = CASES[name], time.perf_counter()
+    device = torch.device("cuda", 0)
+    with Usage() as usage:
+        options, places = choose(
+            Options.from_settings(case.options), Wish(**case.wish), device, any_schedule="schedule" not in case.options
+        )
+        model = random_live_avatar(options, device=device, places=places)
+        torch.cuda.synchronize()
+        load_s = time.perf_counter() - began
+        result = speed(model, max(6, round(seconds / 0.48)))
+    plan = places.placement
+    peak = usage.device
+    return {
+        "mode": plan.mode,
+        **result,
+        "load_s": round(load_s, 2),
+        "goal_fps": case.goal,
+        "plan_fps": round(plan.fps, 2),
+        "plan_fps_over_measured": round(plan.fps / result["fps"], 3),
+        "plan_peak_gib": round(max(plan.devices[0].peak_bytes, plan.devices[0].start_peak_bytes) / 2**30, 2),
+        "peak_gib": round(peak / 2**30, 2),
+        "plan_peak_over_measured": round(plan.devices[0].peak_bytes / peak, 3),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "used_before_gib": round(usage.before / 2**30, 2),
+        "host_peak_gib": round(usage.host / 2**30, 2),
+        "seconds_planned": {key: round(value, 4) for key, value in vars(plan.devices[0].seconds).items()},
+    }
+
+
+# Sameness.
+
+
+def same(modes: list[str], layers: int = 8, blocks: int = 8) -> dict[str, Any]:
+    """Whether other schedules and places give the latents of the resident, sequential model to the bit; full width."""
+    inject = tuple(i for i in DiTConfig().audio_inject_layers if i < layers)
+    config = replace(DiTConfig(), num_layers=layers, audio_inject_layers=inject, audio_layers=2)
+    device = torch.device("cuda", 0)
+    picture = np.random.default_rng(0).integers(0, 256, (384, 704, 3), np.uint8)
+
+    def latents(mode: str, schedule: Schedule, away: int | None) -> list[Tensor]:
+        """away: from which block on layers and rings live on the host; None: never."""
+        options = Options(schedule=schedule)
+        model = random_live_avatar(options, config, device=device, vae_width=16, speech_layers=1)
+        apply(mode, model)
+
+        def leave() -> None:
+            torch.cuda.synchronize()
+            stream_layers(model.dit, {1, 4}, device)
+            stream_rings(model.dit, {2, 6}, options.ring_blocks, device)
+
+        if away == 0:
+            leave()
+        state = model.start(Reference(picture, seed=1))
+        made = []
+        for block in range(blocks + (options.passes - 1) * (schedule is Schedule.WAVEFRONT)):
+            if away and block == away:
+                leave()
+            latent = model.denoise(state, sound(block, model.spec.lookahead_samples))
+            made += [] if latent is None else [latent.cpu()]
+        return made
+
+    found: dict[str, Any] = {}
+    for mode in modes:
+        plain = latents(mode, Schedule.SEQUENTIAL, None)
+        for schedule in Schedule:
+            for away in (None, 0, 4):
+                ours = latents(mode, schedule, away)
+                found[f"{mode} {schedule} {away}"] = [bool(torch.equal(a, b)) for a, b in zip(ours, plain, strict=True)]
+                forget()
+    return found
 
 
 # Errors.
@@ -335,7 +491,9 @@ def facts() -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "errors"])
+    parser.add_argument("what", choices=["speed", "errors", "same", "plans", "plan"])
+    parser.add_argument("--cases", default=",".join(CASES), help="of: " + ", ".join(CASES))
+    parser.add_argument("--seconds", type=float, default=0.0, help="of video that a plan's case makes, at least")
     parser.add_argument("--modes", default="bf16,bf16+fused+vae+audio,float8+fused+vae+audio")
     parser.add_argument("--size", default="704x384")
     parser.add_argument("--steps", type=int, default=4)
@@ -346,6 +504,19 @@ def main(arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
     width, height = map(int, chosen.size.split("x"))
     options = Options(width=width, height=height, steps=chosen.steps, merge_last_step=chosen.merge)
+    if chosen.what == "plan":
+        print(json.dumps({"case": chosen.cases, **planned_case(chosen.cases, chosen.seconds)}), flush=True)
+        return
+    if chosen.what == "same":
+        with torch.no_grad():
+            print(json.dumps({"case": "same", **same(chosen.modes.split(","))}), flush=True)
+        return
+    if chosen.what == "plans":
+        for name in chosen.cases.split(","):
+            # A process each: what one leaves behind, in memory and in caches, is nothing to the next.
+            command = [sys.executable, "-m", "avatar.gpu_bench", "plan", "--cases", name]
+            subprocess.run([*command, "--seconds", str(chosen.seconds)], check=False)
+        return
     modes = chosen.modes.split(",")
     case = {"size": chosen.size, "steps": chosen.steps - chosen.merge}
     if chosen.what == "errors":

@@ -1,0 +1,275 @@
+"""The full-size model where a plan says: read layer by layer, each part in its precision and its place, and a step down
+when the device has no room for it after all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from avatar.cards import GIB, Card, CardError, cache_file, card_key, find_card, load_cards, measure
+from avatar.compile import replay
+from avatar.demand import Demand, Network, Rings
+from avatar.live_avatar.dit import CausalDiT
+from avatar.live_avatar.fast import compile_vae, fuse, joined, regroup, use_float8_attention
+from avatar.live_avatar.generator import LATENTS_PER_BLOCK, OptionError, Options
+from avatar.live_avatar.size import Shape
+from avatar.live_avatar.vae import WanVae
+from avatar.live_avatar.weights import Source
+from avatar.machine import bytes_of, host_memory
+from avatar.offload import RingStream, bring_for, stream_layers, stream_rings
+from avatar.placement import (
+    CONTEXT_BYTES,
+    OFFLOAD_WORDS,
+    DoesNotFit,
+    Host,
+    Lives,
+    Offload,
+    Place,
+    Placement,
+    Precision,
+    Target,
+    first_live,
+    plan,
+    spread,
+    step_down,
+)
+from avatar.quantize import quantize_linears
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What settings say of the placement; what they leave out is chosen.
+
+    vram, ram: the most that may be taken, such as 24GiB; weights, keys: bf16 or fp8; offload: none, cpu, group, model
+    or block.
+    """
+
+    vram: str = ""
+    ram: str = ""
+    weights: str = ""
+    keys: str = ""
+    offload: str = ""
+
+
+def choose(
+    options: Options,
+    wish: Wish,
+    device: torch.device,
+    *,
+    live: bool = False,
+    any_size: bool = False,
+    any_schedule: bool = True,
+) -> tuple[Options, Places]:
+    """Where the parts of the model are to live on that GPU.
+
+    Args:
+        live: steady and soon rather than as fast as it goes; steps then run in sequence.
+        any_size: the largest that is fast enough for a broadcast may be chosen; any_schedule: and a wavefront.
+    Returns: the options, with what was chosen.
+    Raises: DoesNotFit; OptionError: a wish that cannot be understood.
+    """
+    card, free = card_here(device)
+    host = Host(_amount("ram", wish.ram) or host_memory())
+    schedule = None if any_schedule and not live else options.schedule
+    target = Target(
+        live=live,
+        vram_bytes=min(_amount("vram", wish.vram) or free, free),
+        weights=_word("weights", wish.weights, Precision),
+        cache=_word("keys", wish.keys, Precision),
+        schedule=schedule,
+        offload=_word("offload", wish.offload, Offload, OFFLOAD_WORDS) or Offload.AUTO,
+    )
+    shape = Shape(options.width, options.height, options.steps, options.merge_last_step, options.ring_blocks)
+    chosen = None
+    if live and any_size:
+        chosen = first_live(((less, less.demand()) for less in [shape, *shape.lesser()]), [card], host, target)
+    shape, placement = chosen or (shape, plan(shape.demand(), [card], host, target))
+    log.info("%s on %s\n%s", shape, card.name, placement.explain())
+    if live and not placement.holds:
+        log.warning("%s: %.1f frames a second are expected, fewer than are shown", shape, placement.fps)
+    chosen_options = replace(
+        options,
+        width=shape.width,
+        height=shape.height,
+        merge_last_step=shape.merge_last_step,
+        schedule=placement.schedule,
+    )
+    return chosen_options, Places(placement, shape.demand(), host, device)
+
+
+def card_here(device: torch.device) -> tuple[Card, int]:
+    """The GPU as it was measured, as the table has it, or measured now (2 s); and the bytes that are free on it."""
+    name = torch.cuda.get_device_name(device)
+    free, total = torch.cuda.mem_get_info(device)
+    known = [card for key, card in load_cards(cache_file()).items() if key.startswith(card_key(name, ""))]
+    try:
+        card = known[0] if known else find_card(name)
+    except CardError:
+        card = measure(device.index or 0)
+    return replace(card, name=name, memory_bytes=total), free
+
+
+def _amount(name: str, text: str) -> int | None:
+    try:
+        return bytes_of(text) if text else None
+    except ValueError as error:
+        raise OptionError(f"{name}: {text}: {error}") from error
+
+
+Word = TypeVar("Word", bound=StrEnum)
+
+
+def _word(name: str, word: str, words: type[Word], names: Iterable[str] | None = None) -> Word | None:
+    try:
+        return words(word) if word else None
+    except ValueError as error:
+        raise OptionError(f"{name}: {word}; there are {', '.join(names or words)}") from error
+
+
+class Places:
+    """A placement of the full-size model on one device, being carried out.
+
+    Args:
+        placement: for `demand` on this device and host; it changes when room has to be made.
+        limit: hold the allocator to the plan's budget, so that other programs keep the rest.
+    """
+
+    def __init__(
+        self, placement: Placement, demand: Demand, host: Host, device: torch.device, limit: bool = True
+    ) -> None:
+        self.placement, self.demand, self.host, self.device = placement, demand, host, device
+        self._stay = {part: set(_resident(self.place(part))) for part in ("transformer", "rings")}
+        """Of which layers weights and rings are on the device."""
+        self._dit: CausalDiT | None = None
+        self._vae: WanVae | None = None
+        self._rings: RingStream | None = None
+        budget = placement.target.vram_bytes
+        if device.type == "cuda" and limit and budget:
+            # Layers come and go in several sizes: without this, 10 of 24 GiB were lost between them.
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - CONTEXT_BYTES) / total), device)
+
+    def place(self, part: str) -> Place:
+        """Where that part of the demand lives."""
+        return next(place for place in self.placement.devices[0].places if place.part == part)
+
+    @property
+    def text_by_layer(self) -> bool:
+        return self.place("text encoder").lives is Lives.STREAMED
+
+    # As `avatar.live_avatar.generator.Places` says.
+
+    def settle(self, dit: CausalDiT, source: Source) -> None:
+        """Give the transformer, which has no weights yet, those of the source, each where it shall live."""
+        self._dit = dit
+        layers = {f"blocks.{i}.": i for i in range(len(dit.blocks))}
+        for layer, j in dit.injector_of_block.items():
+            layers[f"audio_injector.injector.{j}."] = layer
+            layers[f"audio_injector.injector_adain_layers.{j}."] = layer
+
+        def layer_of(name: str) -> int | None:
+            parts = name.split(".")
+            return layers.get(".".join(parts[:2]) + ".", layers.get(".".join(parts[:3]) + "."))
+
+        fast = self.device.type == "cuda"
+
+        def ready(i: int) -> None:
+            source.give(lambda name: layer_of(name) == i)
+            if self.placement.weights is Precision.FP8:
+                for module in dit.modules_of_layer(i):
+                    quantize_linears(module)
+            if fast:
+                dit.joined.append(joined(dit.blocks[i]))
+
+        source.give(lambda name: layer_of(name) is None)
+        if self.placement.cache is Precision.FP8:
+            use_float8_attention(dit)
+        stream_layers(dit, self._stay["transformer"], self.device, ready=ready)
+        self._stream_rings()
+        if fast:
+            fuse(dit)
+            replay(dit, "hear")
+
+    def settle_rest(self, vae: WanVae, speech: nn.Module) -> None:
+        """The same for two networks whose weights are on the device."""
+        self._vae = vae
+        if self.device.type == "cuda":
+            (decoder,) = (part for part in self.demand if isinstance(part, Network) and part.name == "VAE decoder")
+            room = {LATENTS_PER_BLOCK: decoder.workspace_bytes, 1: decoder.least_workspace_bytes}
+            compile_vae(vae, 1 if self.place("VAE decoder").narrow else LATENTS_PER_BLOCK, room.__getitem__)
+        if self.place("VAE encoder").lives is not Lives.RESIDENT:
+            bring_for(vae, "encode", [vae.model.encoder, vae.model.quant_conv], self.device)
+        regroup(speech)
+        if self.place("speech encoder").lives is not Lives.RESIDENT:
+            bring_for(speech, "forward", [speech], self.device)
+        elif self.device.type == "cuda":
+            replay(speech, "forward")
+
+    def make_room(self, what: str, reason: str) -> None:
+        """Let more of the parts live elsewhere; streams go on with the same numbers.
+
+        Raises: DoesNotFit: nothing more can leave.
+        """
+        before, dit = self.placement, self._dit
+        assert dit is not None
+        try:
+            self.placement = step_down(before, self.demand, self.host)
+        except DoesNotFit as error:
+            raise DoesNotFit(
+                f"{what}: {reason}; nothing more can leave the device: {error}",
+                error.device_short_bytes,
+                error.host_short_bytes,
+            ) from error
+        log.warning(
+            "%s: %s; %s from [%s, %.1f GiB] to [%s, %.1f GiB]",
+            what,
+            reason,
+            _memory(self.device),
+            before.mode,
+            before.devices[0].peak_bytes / GIB,
+            self.placement.mode,
+            self.placement.devices[0].peak_bytes / GIB,
+        )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # no copy is under way into what is let go of
+        if self._rings is not None:
+            self._rings.leave()
+        for part, staying in self._stay.items():
+            # As many as the new plan says, and of those that are there: nothing comes back where room is short.
+            there = sorted(staying)
+            count = min(len(there), len(_resident(self.place(part))))
+            self._stay[part] = {there[i] for i in spread(count, len(there))}
+        stream_layers(dit, self._stay["transformer"], self.device)
+        self._stream_rings()
+        if self._vae is not None and self.place("VAE decoder").narrow:
+            self._vae.latents_per_call = 1
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # Inside.
+
+    def _stream_rings(self) -> None:
+        assert self._dit is not None
+        (blocks,) = (part.blocks for part in self.demand if isinstance(part, Rings))
+        self._rings = stream_rings(self._dit, self._stay["rings"], blocks, self.device)
+
+
+def _memory(device: torch.device) -> str:
+    """What is in use of a device, in words."""
+    if device.type != "cuda":
+        return "on the host;"
+    allocated, reserved = torch.cuda.memory_allocated(device) / GIB, torch.cuda.memory_reserved(device) / GIB
+    return f"{allocated:.1f} GiB in use of {reserved:.1f} GiB reserved;"
+
+
+def _resident(place: Place) -> Collection[int]:
+    return range(place.layers) if place.lives is Lives.RESIDENT else place.resident_layers
