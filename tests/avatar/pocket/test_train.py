@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from avatar.pocket import train
 from avatar.pocket.ear import Ear
 from avatar.pocket.network import build_dit
-from avatar.pocket.vae import PocketVae
+from avatar.pocket.reader import Reader
+from avatar.pocket.vae import PocketVae, VaeConfig
 from avatar.pocket.world import SIZE, draw
 
 SIDE = 32
@@ -30,6 +31,7 @@ SIZES: dict[str, dict[str, int]] = {
     "vae": {"batch": 1, "frames": 4},
     "ear": {"batch": 2, "frames": 4},
     "meter": {"batch": 4},
+    "reader": {"batch": 2, "latents": 6, "pool_size": 4, "first": 1},
     "dit": {"batch": 2, "latents": 6, "pool_size": 4, "first": 1},
     "seams": {"batch": 2, "latents": 6, "window": 2, "past": 1, "pool_size": 4, "first": 1, "fresh": 2},
     "polish": {"batch": 1, "latents": 3},
@@ -62,7 +64,8 @@ def trained_before(shop: train.Workshop) -> None:
     torch.manual_seed(0)
     dit = build_dit()
     dit.initialize()
-    for name, module in {"vae": PocketVae(), "ear": Ear(), "dit": dit}.items():
+    reader = Reader(SIDE // VaeConfig.pixels_per_latent)
+    for name, module in {"vae": PocketVae(), "ear": Ear(), "reader": reader, "dit": dit}.items():
         train.store(module.state_dict(), shop.out / f"{name}.safetensors")
 
 
@@ -91,6 +94,22 @@ def test_the_autoencoder_trains_and_goes_on(shop):
 
 def test_the_ear_trains_and_goes_on(shop):
     step_and_go_on(shop, "ear", ["ear"])
+
+
+@pytest.mark.usefixtures("trained_before")
+def test_the_reader_trains_and_goes_on(shop):
+    step_and_go_on(shop, "reader", ["reader"])
+
+
+def test_a_reading_is_of_its_own_latent_alone():
+    torch.manual_seed(0)
+    latents = torch.randn(2, VaeConfig.channels, 3, 16, 16)
+    reader = Reader(16)
+    before = reader(latents)
+    assert before.shape == (2, 3 * train.FRAMES_PER_LATENT, len(train.MOVES))
+    latents[1, :, 2] += 1
+    changed = (reader(latents) != before).any(2)
+    assert changed.tolist() == [[False] * 12, [False] * 8 + [True] * 4]
 
 
 @pytest.mark.usefixtures("trained_before")
