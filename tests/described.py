@@ -1,8 +1,12 @@
 """Whether a server is as /openapi.json describes it, by many examples of what may be sent, and of what may not."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture.providers import HypothesisProvider
 from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -37,6 +41,13 @@ def of_application(http):
 def of_server(url):
     """That of a server."""
     return schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+@contextmanager
+def the_same_each_time():
+    """Without what Hypothesis reads from the modules that happen to be loaded: they are others in each run."""
+    with mock.patch.object(HypothesisProvider, "_maybe_draw_constant", return_value=None):
+        yield
 
 
 def found_wrong(schema, examples):

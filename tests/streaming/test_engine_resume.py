@@ -206,7 +206,7 @@ async def test_the_embedded_model_goes_on_to_the_bit_in_another_process(monkeypa
     picture = np.full((256, 256, 3), 120, np.uint8)
     picture[60:180, 80:176] = (220, 180, 150)
     drawn, settings = Reference(picture, seed=1), EngineSettings("pocket")
-    np.testing.assert_array_equal(await in_two(settings, drawn, 3, 5), await whole(settings, drawn, 5))
+    np.testing.assert_array_equal(await in_two(settings, drawn, 2, 3), await whole(settings, drawn, 3))
 
 
 async def test_a_model_with_snapshots_of_its_own_resumes_from_them(tmp_path):

@@ -93,7 +93,8 @@ def facts(golden):
     return golden.json("e2e.config.json"), golden.tensors("e2e_common.safetensors")
 
 
-def pipeline(networks, facts, case, noise_case, options):
+def pipeline(networks, facts, case, noise_case, options, state=None):
+    """The pipeline as recorded, and a session of it: begun here, or a copy of one that began alike."""
     config, common = facts
     options = replace(
         options,
@@ -112,7 +113,14 @@ def pipeline(networks, facts, case, noise_case, options):
         noise=lambda seed, clip, shape, dtype, device: noise_case[f"noise.clip{clip}"],
     )
     image = common["ref_image_u8"].numpy().astype(np.uint8)
-    return model, model.start(Reference(image))
+    return model, clone(state) if state else model.start(Reference(image))
+
+
+@pytest.fixture(scope="module")
+def single_process(networks, facts, golden):
+    """A session at its beginning, which takes seconds and is the same with and without online decoding."""
+    case = golden.tensors("e2e_offline.safetensors")
+    return pipeline(networks, facts, case, case, Options.single_process())[1]
 
 
 def run(model, state, blocks):
@@ -155,9 +163,11 @@ clips = pytest.mark.parametrize("clips", [2, pytest.param(3, marks=pytest.mark.s
 
 
 @clips
-def test_the_single_process_pipeline_gives_the_references_latents_and_frames(networks, facts, golden, clips):
+def test_the_single_process_pipeline_gives_the_references_latents_and_frames(
+    networks, facts, golden, single_process, clips
+):
     case = golden.tensors("e2e_offline.safetensors")
-    model, state = pipeline(networks, facts, case, case, Options.single_process())
+    model, state = pipeline(networks, facts, case, case, Options.single_process(), single_process)
     close(state.motion, case["prefill0.motion_latents_last19"])
     latents, frames = run(model, state, 2 * clips)
     for clip in range(clips):
@@ -166,10 +176,12 @@ def test_the_single_process_pipeline_gives_the_references_latents_and_frames(net
 
 
 @clips
-def test_online_decoding_with_a_pose_video_gives_the_references_latents_and_frames(networks, facts, golden, clips):
+def test_online_decoding_with_a_pose_video_gives_the_references_latents_and_frames(
+    networks, facts, golden, single_process, clips
+):
     case = golden.tensors("e2e_online.safetensors")
     options = Options.single_process(reanchor=Reanchor.REFERENCE_MOTION)
-    model, state = pipeline(networks, facts, case, case, options)
+    model, state = pipeline(networks, facts, case, case, options, single_process)
     t, y, x, c = np.ogrid[:62, :64, :128, :3]
     video = torch.from_numpy(((7 * t + 3 * y + 5 * x + 11 * c) % 256).astype(np.float32)) / 255 * 2 - 1
     model.set_pose(state, video.permute(3, 0, 1, 2))
@@ -376,7 +388,11 @@ def test_planned_bytes_are_allocated_bytes_and_stay_so(narrow, speech, picture, 
     full = model.options.ring_blocks + SEAM_BLOCKS
     if model.options.schedule is Schedule.WAVEFRONT:
         full += model.options.passes - 1
-    frames_of(model, state, range(full))
+    for i in range(full - 1):
+        latents = model.denoise(state, sound_block(i))
+        if model.options.keeps_history and latents is not None:
+            model.decode(state, latents)
+    frames_of(model, state, range(full - 1, full))
     assert state_bytes(state) == planned
     frames_of(model, state, range(full, full + 1))
     assert state_bytes(state) == planned
