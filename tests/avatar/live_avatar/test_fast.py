@@ -18,7 +18,7 @@ BLOCK = 7_680
 CONFIG = DiTConfig(
     dim=64, ffn_dim=96, num_heads=2, num_layers=4, text_dim=32, audio_dim=64, audio_layers=2, audio_inject_layers=(0, 3)
 )
-OPTIONS = Options(width=64, height=64, clip_blocks=2, ring_blocks=2, motion_frames=25, prime_latents=3)
+OPTIONS = Options(width=64, height=64, clip_blocks=2, ring_blocks=2, motion_frames=9, prime_latents=3)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def graphs(monkeypatch):
 
 def run(*changes, blocks=3, options=OPTIONS):
     """Latents and frames of some blocks of a model that was changed."""
-    model = random_live_avatar(options, CONFIG, dtype=torch.float32, vae_width=16, speech_layers=1)
+    model = random_live_avatar(options, CONFIG, dtype=torch.float32, vae_width=4, speech_layers=1)
     for change in changes:
         change(model)
     picture = np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8)
