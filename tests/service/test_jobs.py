@@ -351,9 +351,12 @@ async def test_a_live_session_comes_first_and_jobs_work_in_its_pauses(folder):
 
 
 @pytest.mark.slow
-async def test_a_live_session_does_not_feel_a_hundred_jobs_beside_it(folder):
-    """Real time, 20 s; the toy works 0.1 s for a block of 0.48 s."""
-    options = ("model.options.step_s=0.1", "sessions.targets=['null']")
+@pytest.mark.parametrize(
+    ("model", "seconds"), [(("model.options.step_s=0.1",), 8), (("model.name=pocket",), 30)], ids=["toy", "pocket"]
+)
+async def test_a_live_session_does_not_feel_a_hundred_jobs_beside_it(folder, model, seconds):
+    """Real time; the toy works 0.1 s for a block of 0.48 s."""
+    options = (*model, "sessions.targets=['null']")
 
     async def watched(session: Session, seconds: float) -> tuple[int, int, float, float]:
         before, seen = session.status(), []
@@ -373,11 +376,11 @@ async def test_a_live_session_does_not_feel_a_hundred_jobs_beside_it(folder):
         sessions = Sessions(h.settings, engine, Inputs(h.settings), h.turns, h.hub, None)
         session = await sessions.open(OpenSession(outputs=("null://",)))
         await until_async(lambda: session.status().get("frames", 0) > 50)
-        alone = await watched(session, 8)
+        alone = await watched(session, seconds)
         for n in range(100):
             await h.submit(f"j{n}", priority="batch")
         working = asyncio.create_task(h.jobs.run())
-        beside = await watched(session, 8)
+        beside = await watched(session, seconds)
         made = (await h.jobs.counts())["completed"]
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
