@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from audio.chunk import AudioBlock
+from audio.errors import AvatardError
 from avatar.attention import attention
 from avatar.demand import Schedule
 from avatar.live_avatar import fast
@@ -502,6 +503,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--profile", action="store_true")
     chosen = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise AvatardError(f"no GPU to measure: this torch ({torch.__version__}) sees none")
     width, height = map(int, chosen.size.split("x"))
     options = Options(width=width, height=height, steps=chosen.steps, merge_last_step=chosen.merge)
     if chosen.what == "plan":

@@ -478,6 +478,15 @@ def bench_quality(context: typer.Context) -> None:
     evaluate.main(context.args)
 
 
+@bench_app.command(
+    "gpu", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def bench_gpu(context: typer.Context) -> None:
+    """The full-size model with random weights on this GPU: plans against measurement, speed, errors; see --help."""
+    gpu_bench: Any = importlib.import_module("avatar.gpu_bench")
+    gpu_bench.main(context.args)
+
+
 @bench_app.command("speed")
 def bench_speed(
     model: ModelOption = None,
