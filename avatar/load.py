@@ -110,8 +110,8 @@ def _load_live_avatar(request: Request) -> AvatarModel:
             any_size=request.size is None and not {"width", "height"} & settings.keys(),
             any_schedule="schedule" not in settings,
         )
-    elif wish != Wish():
-        raise OptionError(f"{', '.join(sorted(name for name in wishes if getattr(wish, name)))}: there is no GPU here")
+    elif for_a_gpu := [RANDOM] * at_random + sorted(name for name in wishes if getattr(wish, name)):
+        raise OptionError(f"{for_a_gpu[0]}: there is no GPU here; leave it out")
     if at_random:
         return random_live_avatar(options, device=device, places=places)
     assert request.folder is not None

@@ -57,6 +57,13 @@ def test_an_unknown_option_of_live_avatar_is_found_before_its_weights_are_read(t
         load_model(str(tmp_path), options={"reanchr": "none"})
 
 
+@pytest.mark.parametrize("given", [{"random_weights": True}, {"vram": "24GiB"}, {"offload": "group"}])
+def test_what_is_said_of_a_gpu_is_refused_where_there_is_none(tmp_path, given):
+    model = "live_avatar" if "random_weights" in given else str(tmp_path)
+    with pytest.raises(AvatardError, match=rf"^{next(iter(given))}: there is no GPU here; leave it out$"):
+        load_model(model, options=given)
+
+
 def test_an_empty_folder_is_no_model(tmp_path):
     with pytest.raises(AvatardError, match=re.escape(str(tmp_path))):
         load_model(str(tmp_path))
