@@ -352,9 +352,11 @@ async def test_a_live_session_comes_first_and_jobs_work_in_its_pauses(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "seconds"), [(("model.options.step_s=0.1",), 8), (("model.name=pocket",), 30)], ids=["toy", "pocket"]
+    ("model", "seconds", "least"),
+    [(("model.options.step_s=0.1",), 8, 5), (("model.name=pocket",), 30, 1)],
+    ids=["toy", "pocket"],
 )
-async def test_a_live_session_does_not_feel_a_hundred_jobs_beside_it(folder, model, seconds):
+async def test_a_live_session_does_not_feel_a_hundred_jobs_beside_it(folder, model, seconds, least):
     """Real time; the toy works 0.1 s for a block of 0.48 s."""
     options = (*model, "sessions.targets=['null']")
 
@@ -386,10 +388,10 @@ async def test_a_live_session_does_not_feel_a_hundred_jobs_beside_it(folder, mod
         await asyncio.gather(working, return_exceptions=True)
         await sessions.close_all()
     print(f"held, skipped, step_s, ahead_s: alone {alone}, beside jobs {beside}; {made} jobs")
-    assert made >= 5
+    assert made >= least
     assert beside[0] <= alone[0] + 2
     assert beside[1] <= alone[1]
-    assert beside[2] == pytest.approx(alone[2], rel=0.1)
+    assert beside[2] <= 1.1 * alone[2]
     assert beside[3] == pytest.approx(alone[3], abs=0.08)
 
 
