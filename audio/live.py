@@ -21,7 +21,10 @@ LISTENER_RATE = 48_000
 """Hz, mono: what the listener of a live session hears."""
 
 RESERVE_S = 0.04
-"""Sound kept back beside the lookahead, so that chunks of a voice may come that much late."""
+"""Sound kept back beside the lookahead, so that chunks of a voice may come that much late; until that was measured."""
+
+LEAST_RESERVE_S, MOST_RESERVE_S = 0.005, 0.2
+"""Of what is kept back once it was measured."""
 
 BURST_S = 0.15
 """A microphone gives smaller chunks than this; whoever gives more at once has it ready made and is not waited for."""
@@ -76,13 +79,15 @@ class LiveCutter:
 
     Args:
         samples_per_block, lookahead_samples, sample_rate: the model's; 48 kHz is a multiple of its rate.
-        reserve_s: how late chunks of a voice may come.
+        reserve_s: how late chunks of a voice may come, until a second of it was measured.
 
     How a block is filled:
         - A voice that is going on continues, and silence follows it where it has a gap.
         - A voice that begins is laid to the end of the block, with the lookahead and the reserve kept for the next: one
-          that comes in real time then goes on without a hole. One that comes in large pieces begins one block after its
-          first came, which is as early as a steady pace allows; at once when there are two blocks of it.
+          that comes in real time then goes on without a hole. What comes later than the reserve costs the model some of
+          its lookahead, and the listener nothing before that is used up.
+        - A voice that comes in large pieces begins one block after its first came, which is as early as a steady pace
+          allows; at once when there are two blocks of it.
         - What is known to be all of an utterance begins at once. So does what seems to be, since no more came in time.
 
     The listener hears exactly the samples pushed, unless their drift is corrected, and zeros where silence is put in.
@@ -100,14 +105,22 @@ class LiveCutter:
         # From here on everything is in samples of the listener.
         self._block = samples_per_block * ratio
         self._lookahead = lookahead_samples * ratio
-        self._reserve = round(reserve_s * LISTENER_RATE)
-        self._kept = self._lookahead + self._reserve
+        self._expected_s = reserve_s
+        self._lateness = Lateness(reserve_s)
         self._margin = FILTER_REACH * ratio if ratio > 1 else 0
-        self._drift = DriftCorrector(target_s=-reserve_s / 2)
+        self._drift = DriftCorrector()
+        self._keep_back(reserve_s)
         self._start = 0
         self._laid, self._laid_spoken = _silence(2 * self._margin)
         """The last `margin` samples that were cut, and as many that will be."""
         self._forget()
+
+    def _keep_back(self, reserve_s: float) -> None:
+        self._reserve = round(reserve_s * LISTENER_RATE)
+        self._patience = round(max(reserve_s, self._expected_s) * LISTENER_RATE)
+        """How late a chunk may come before its voice counts as ended: no shorter for one that came evenly so far."""
+        self._kept = self._lookahead + self._reserve
+        self._drift.target_s = -reserve_s / 2
 
     def _forget(self) -> None:
         self._pending: list[Samples] = []
@@ -147,12 +160,17 @@ class LiveCutter:
             return
         if self._pending_samples == self._whole:
             self._began_s, self._largest = arrived_s, 0
+            if not self._going_on:
+                self._lateness.pause()
+                self._keep_back(self._lateness.usual_s)
         self._largest = max(self._largest, samples.size)
         self._fresh = True
         if arrived_s is None:
             self._add(self._drift.flush())
             self._add(np.array(samples, np.float32))
         else:
+            if not self._in_bursts:
+                self._lateness.push(samples.size, arrived_s)
             self._add(self._drift.push(np.array(samples, np.float32), arrived_s))
 
     def utterance_ended(self) -> None:
@@ -209,7 +227,7 @@ class LiveCutter:
         if since is None:
             return not self._fresh
         came = self._pending_samples - self._whole + self._drift.held
-        return came + (self._reserve // 2 if self._in_bursts else self._reserve + self._largest) < since
+        return came + (self._patience // 2 if self._in_bursts else self._patience + self._largest) < since
 
     def _beginning(self, samples: int, now_s: float | None) -> int:
         """How much of a voice that begins, of which so many samples are there, can be heard before the block's end."""
@@ -218,7 +236,7 @@ class LiveCutter:
             return min(samples, since)
         # The next chunk comes no sooner than this one took to be spoken.
         chunk = 0 if self._in_bursts else self._largest
-        return max(0, samples - max(self._kept, chunk + self._reserve))
+        return max(0, samples - max(self._kept, chunk + self._patience))
 
     @property
     def _in_bursts(self) -> bool:
@@ -270,6 +288,53 @@ def _silence(samples: int) -> tuple[Samples, NDArray[np.bool_]]:
     return np.zeros(samples, np.float32), np.zeros(samples, np.bool_)
 
 
+class Lateness:
+    """How late the chunks of a voice usually come, to the one of the last seconds that came soonest.
+
+    Args:
+        expected_s: taken for it until a second was measured.
+    """
+
+    EVERY_S = 0.01  # of sound, between two readings: a source may give one sample at a time
+    WINDOW_S = 3.0  # no clock is so far off that it drifts by more than a few milliseconds in that time
+    READINGS, ENOUGH = 500, 50
+    USUAL = 0.98
+    PAUSE_S = 0.25  # later than this it did not come late: nothing was said
+
+    def __init__(self, expected_s: float) -> None:
+        self._expected_s = expected_s
+        self._readings: deque[float] = deque(maxlen=self.READINGS)
+        self.pause()
+
+    def pause(self) -> None:
+        """What comes next is not measured against what came before."""
+        self._delivered_s = self._read_s = 0.0
+        self._offsets: deque[tuple[float, float]] = deque()
+
+    def push(self, samples: int, arrived_s: float) -> None:
+        """Note that so many more samples at 48 kHz have come."""
+        self._delivered_s += samples / LISTENER_RATE
+        if self._offsets and self._delivered_s - self._read_s < self.EVERY_S:
+            return
+        self._read_s = self._delivered_s
+        offset = arrived_s - self._delivered_s
+        while self._offsets and self._offsets[0][0] < arrived_s - self.WINDOW_S:
+            self._offsets.popleft()
+        late_s = max(0.0, offset - min((past for _, past in self._offsets), default=offset))
+        if late_s > self.PAUSE_S:
+            self._offsets.clear()
+        else:
+            self._readings.append(late_s)
+        self._offsets.append((arrived_s, offset))
+
+    @property
+    def usual_s(self) -> float:
+        """What 98 of 100 of the last chunks kept to, within what may be kept back."""
+        if len(self._readings) < self.ENOUGH:
+            return self._expected_s
+        return float(np.clip(np.quantile(self._readings, self.USUAL), LEAST_RESERVE_S, MOST_RESERVE_S))
+
+
 class DriftCorrector:
     """A source whose clock runs a little fast or slow, to ours, by resampling it by so little.
 
@@ -294,7 +359,7 @@ class DriftCorrector:
 
     def __init__(self, target_s: float = 0.0) -> None:
         self.drift = 0.0
-        self._target_s = target_s
+        self.target_s = target_s
         self._speed = 0.0
         self._delivered_s = 0.0
         self._latest_s = -np.inf
@@ -353,7 +418,7 @@ class DriftCorrector:
             uneven = np.abs(delivered - times - drift * times - offset).max()
             if abs(drift) <= self.MOST and uneven <= self.STEADY_S:
                 self.drift = float(drift)
-                off = min(self._levels) - self._target_s if self._levels else 0.0
+                off = min(self._levels) - self.target_s if self._levels else 0.0
                 if abs(off) <= self.FAR_S:
                     speed = drift + np.clip(off / self.SETTLE_S, -self.HASTE, self.HASTE)
         self._correct(float(np.clip(speed, -self.MOST, self.MOST)))

@@ -11,7 +11,7 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audio.live import LISTENER_RATE, DriftCorrector, LiveBlock, LiveCutter, truncated
+from audio.live import LEAST_RESERVE_S, LISTENER_RATE, DriftCorrector, Lateness, LiveBlock, LiveCutter, truncated
 
 RATE = 16_000
 BLOCK = 7680
@@ -293,6 +293,66 @@ def test_a_voice_in_real_time_has_no_hole(phase, chunk_ms, jitters, timed):
     assert marks[begin:].all(), "a hole in the voice"
     delay_s = begin / LISTENER_RATE + BLOCK_S - arrivals[0]
     assert delay_s <= BLOCK_S + max(0.12, chunk_s + 0.04) + 0.01 + max(jitters)
+
+
+def said_again(late_s: float, chunk_ms: int = 20) -> list[tuple[float, float]]:
+    """Three times 1.5 s of a voice whose every tenth chunk is that late.
+
+    Gives of each how long after its first chunk it was heard, and the length of its holes, in seconds.
+    """
+    live, number, utterances = cutter(), 0, []
+    for begins in (0.1, 3.21, 6.37):
+        arrivals = [begins + i * chunk_ms / 1000 + (late_s if i % 10 == 9 else 0) for i in range(1500 // chunk_ms)]
+        arrivals, came, blocks = list(np.maximum.accumulate(arrivals)), 0, []
+        while (now := number * BLOCK_S) < begins + 3.1:
+            while came < len(arrivals) and arrivals[came] <= now:
+                live.push(noise(chunk_ms * MS), arrivals[came])
+                came += 1
+            blocks.append((now, live.cut(now)))
+            number += 1
+        marks = spoken([block for _, block in blocks])
+        begin, end = np.flatnonzero(marks)[[0, -1]]
+        holes = (end + 1 - begin - int(marks.sum())) / LISTENER_RATE
+        utterances.append((blocks[0][0] + begin / LISTENER_RATE - arrivals[0], holes))
+    return utterances
+
+
+def test_a_voice_that_comes_evenly_is_kept_back_less_when_that_was_measured():
+    (first_s, first_hole_s), *later = said_again(0.0)
+    assert first_hole_s == 0
+    for delay_s, hole_s in later:
+        assert hole_s == 0
+        assert -1e-6 <= delay_s - (BLOCK_S + 0.08 + LEAST_RESERVE_S) <= 0.02 + 1e-6  # up to a chunk later
+        assert first_s - delay_s >= 0.02
+
+
+def test_a_voice_that_comes_unevenly_is_kept_back_more_when_that_was_measured():
+    (_, first_hole_s), *later = said_again(0.18)
+    assert first_hole_s > 0
+    for delay_s, hole_s in later:
+        assert hole_s == 0
+        assert delay_s >= BLOCK_S + 0.08 + 0.1
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.02, 0.04])
+@pytest.mark.parametrize("chunk_ms", [10, 20, 32])
+def test_what_comes_late_costs_lookahead_before_it_makes_a_hole(late_s, chunk_ms):
+    assert all(hole_s == 0 for _, hole_s in said_again(late_s, chunk_ms))
+
+
+def test_a_pause_is_not_taken_for_lateness():
+    lateness = Lateness(0.04)
+    for word in range(20):
+        for piece in range(10):
+            lateness.push(960, word * 0.6 + piece * 0.02)
+    assert lateness.usual_s == LEAST_RESERVE_S
+
+
+def test_single_samples_are_measured_as_well_as_chunks():
+    lateness = Lateness(0.04)
+    for at in range(LISTENER_RATE):
+        lateness.push(1, at / LISTENER_RATE + 0.03 * (at // 4800 % 2))
+    assert lateness.usual_s == pytest.approx(0.03, abs=0.001)
 
 
 @pytest.mark.parametrize("chunk_ms", [160, 200, 333, 480])

@@ -94,8 +94,9 @@ class House:
 
     def left(self) -> list[str]:
         """What lies in the folders of results and of work in progress."""
-        found = [*self.outputs.rglob("*"), *(self.folder / "state" / "jobs").rglob("*")]
-        return sorted(str(path.relative_to(self.folder)) for path in found if path.is_file())
+        # os.walk passes over a folder that goes while it looks; rglob does not.
+        walks = [*os.walk(self.outputs), *os.walk(self.folder / "state" / "jobs")]
+        return sorted(str((Path(at) / name).relative_to(self.folder)) for at, _, names in walks for name in names)
 
     async def submit(self, id: str, **more: Any) -> Job:
         job, new = await self.jobs.submit(self.command(id, **more))
