@@ -138,7 +138,7 @@ def random_model(layers: int) -> Any:
     """wav2vec2-large in all but its depth, with random weights of unit gain."""
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-    from avatar.live_avatar.weights import random_weights
+    from avatar.live_avatar.weights import FromGenerator
 
     config = Wav2Vec2Config(
         hidden_size=1024,
@@ -152,7 +152,7 @@ def random_model(layers: int) -> Any:
     )
     with torch.device("meta"):
         model = Wav2Vec2Model(config).eval().requires_grad_(False)
-    random_weights(model, seed=1, dtype=torch.float32)
+    FromGenerator(model, seed=1, dtype=torch.float32).give()
     return model
 
 

@@ -270,23 +270,6 @@ class FromFile:
                 _assign(self._module, name, tensor.to(dtype=self._dtype if tensor.is_floating_point() else None))
 
 
-def fill(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    *,
-    rename: Rename = lambda key: key,
-    change: Change | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    tied: Iterable[str] = (),
-) -> None:
-    """Give a network all its weights, in place; see `FromFile`.
-
-    Raises: WeightsError: a key without place, a place without key, a wrong shape, a damaged file.
-    """
-    FromFile(module, checkpoint, rename=rename, change=change, dtype=dtype, device=device, tied=tied).give()
-
-
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
@@ -338,17 +321,6 @@ class FromGenerator:
                 _assign(self._module, name, self._module.get_parameter(source))
 
 
-def random_weights(
-    module: nn.Module,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> None:
-    """Fill a network from a generator instead of a file, in place; see `FromGenerator`."""
-    FromGenerator(module, seed=seed, dtype=dtype, device=device).give()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
@@ -359,7 +331,7 @@ _PREFIX = "base_model.model."
 
 @dataclass
 class Lora:
-    """Low-rank changes to linear layers, and whole tensors that replace the base's; a `Change` for `fill`.
+    """Low-rank changes to linear layers, and whole tensors that replace the base's; a `Change` for `FromFile`.
 
     W becomes W + (alpha / rank) B A, computed in float32 and rounded once to W's dtype; biases stay. Replacements come
     first, so a layer may have both. Keys may carry the prefix `base_model.model.` and the adapter's name `.default`, or
@@ -512,7 +484,7 @@ def load_vae(
 
     checkpoint = open_checkpoint(path)
     model = build_vae(width_of(checkpoint, "encoder.conv1.weight"))
-    fill(model, checkpoint, rename=diffusers_name, dtype=dtype, device=device)
+    FromFile(model, checkpoint, rename=diffusers_name, dtype=dtype, device=device).give()
     return WanVae(model, bf16_constants=bf16_constants).to(device)
 
 
@@ -534,7 +506,7 @@ def load_speech_encoder(
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise WeightsError(f"{folder}: no weights; want one of {', '.join(names)}")
-    fill(model, open_checkpoint(path), rename=speech_name, dtype=dtype, device=device)
+    FromFile(model, open_checkpoint(path), rename=speech_name, dtype=dtype, device=device).give()
     preprocessor = folder / "preprocessor_config.json"
     normalise = bool(read_json(preprocessor).get("do_normalize", True)) if preprocessor.is_file() else True
     return model, normalise

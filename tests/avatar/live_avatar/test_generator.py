@@ -32,7 +32,7 @@ from avatar.live_avatar.generator import (
     random_live_avatar,
 )
 from avatar.live_avatar.vae import WanVae, build_vae, diffusers_name
-from avatar.live_avatar.weights import WeightsError, load_speech_encoder, random_weights
+from avatar.live_avatar.weights import FromGenerator, WeightsError, load_speech_encoder
 from avatar.model import Reference
 from avatar.sampling import Reanchor, ReferenceDistance
 from avatar.stateful import clone, load, restore, save, state_bytes
@@ -233,7 +233,7 @@ def speech(checkpoint):
 def narrow(networks):
     """What holds for every session holds with a decoder of a third of the width, in half the time."""
     vae = build_vae(2)
-    random_weights(vae, seed=0, dtype=torch.float32)
+    FromGenerator(vae, seed=0, dtype=torch.float32).give()
     return networks[0], WanVae(vae)
 
 

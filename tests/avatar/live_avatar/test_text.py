@@ -14,7 +14,7 @@ from avatar.live_avatar.text import (
     load_text_encoder,
     transformers_name,
 )
-from avatar.live_avatar.weights import WeightsError, random_weights
+from avatar.live_avatar.weights import FromGenerator, WeightsError
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,6 @@ def test_long_prompts_are_cut_to_512_tokens(weights, tokenizer):
 def test_a_random_encoder_keeps_its_tied_embedding(golden, tmp_path):
     shapes = {key: tuple(tensor.shape) for key, tensor in golden.tensors("t5.weights.safetensors").items()}
     model = build_text_encoder(shapes, tmp_path)
-    random_weights(model, seed=1, dtype=torch.float32)
+    FromGenerator(model, seed=1, dtype=torch.float32).give()
     assert model.encoder.embed_tokens.weight.data_ptr() == model.shared.weight.data_ptr()
     assert torch.isfinite(encode_ids(model, torch.tensor([[3, 4, 1]]), torch.ones(1, 3, dtype=torch.int64))[0]).all()

@@ -19,13 +19,13 @@ from torch import nn
 
 from avatar.live_avatar.weights import (
     Checkpoint,
+    FromFile,
+    FromGenerator,
     Lora,
     WeightsError,
-    fill,
     find_files,
     load_vae,
     open_checkpoint,
-    random_weights,
 )
 
 
@@ -59,14 +59,14 @@ KINDS = ["shards", "safetensors", "pth", "bin"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layout_comes_back_as_it_was_saved(kind, tmp_path, tensors):
     module = tiny()
-    fill(module, open_checkpoint(save(kind, tmp_path, tensors)))
+    FromFile(module, open_checkpoint(save(kind, tmp_path, tensors))).give()
     for key, tensor in module.state_dict().items():
         torch.testing.assert_close(tensor, tensors[key], rtol=0, atol=0)
 
 
 def test_the_wanted_precision_is_stored(tmp_path, tensors):
     module = tiny()
-    fill(module, open_checkpoint(save("safetensors", tmp_path, tensors)), dtype=torch.float32)
+    FromFile(module, open_checkpoint(save("safetensors", tmp_path, tensors)), dtype=torch.float32).give()
     assert {tensor.dtype for tensor in module.parameters()} == {torch.float32}
 
 
@@ -88,7 +88,7 @@ def test_missing_foreign_and_misshapen_tensors_are_named(kind, spoil, says, tmp_
     spoil(tensors)
     path = save(kind, tmp_path, tensors)
     with pytest.raises(WeightsError, match=says) as error:
-        fill(tiny(), open_checkpoint(path))
+        FromFile(tiny(), open_checkpoint(path))
     assert one_line(error).startswith(str(path))
 
 
@@ -326,8 +326,8 @@ def test_a_folder_that_is_not_there_says_how_to_get_one(tmp_path):
 
 def test_random_weights_are_finite_and_seeded():
     one, other = tiny(), tiny()
-    random_weights(one, seed=3, dtype=torch.bfloat16)
-    random_weights(other, seed=3, dtype=torch.bfloat16)
+    FromGenerator(one, seed=3, dtype=torch.bfloat16).give()
+    FromGenerator(other, seed=3, dtype=torch.bfloat16).give()
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -338,7 +338,7 @@ LOAD = """
     import resource, sys, psutil, torch
     from pathlib import Path
     from torch import nn
-    from avatar.live_avatar.weights import Lora, fill, open_checkpoint
+    from avatar.live_avatar.weights import FromFile, Lora, open_checkpoint
 
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -349,7 +349,7 @@ LOAD = """
     open("/proc/self/clear_refs", "w").write("5")       # the high-water mark starts anew
     before = process.memory_info().rss
     lora = Lora(open_checkpoint(folder / "lora.safetensors"), rank=8)
-    fill(module, open_checkpoint(folder / "diffusion_pytorch_model.safetensors.index.json"), change=lora)
+    FromFile(module, open_checkpoint(folder / "diffusion_pytorch_model.safetensors.index.json"), change=lora).give()
     peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print(peak - before, sum(tensor.nbytes for tensor in module.parameters()))
 """
