@@ -4,7 +4,7 @@ Started by `streaming.engine_process` as `python -m streaming.engine_child FRAME
 is a JSON header and bytes:
 
     to the child                                          from the child
-    load     model size steps options live slots           ready   spec, load_s
+    load     model size steps options live slots          ready   spec, load_s
     open     id session history shape prompt seed + image done    id seconds bytes
     step     id session block start valid samples pieces  block   id slot frames start    + sound; before its `done`
              + sound
@@ -129,9 +129,7 @@ class Child:
     def _load(self, header: dict[str, Any]) -> bool:
         began = time.monotonic()
         try:
-            self._model = load(
-                header["model"], header["size"], header["steps"], header["options"], header.get("live", False)
-            )
+            self._model = load(header["model"], header["size"], header["steps"], header["options"], header["live"])
             spec = asdict(self._model.spec)
             os.ftruncate(self._descriptor, slot_bytes(spec) * header["slots"])
             self._frames = np.frombuffer(mmap.mmap(self._descriptor, 0), np.uint8).reshape(header["slots"], -1)
