@@ -141,34 +141,37 @@ def measured(path: Path, key: str, measure: Callable[[], Card]) -> Card:
 # Measuring
 
 
-def measure(index: int) -> Card:
-    """The rates of a CUDA device, about 2 s; takes 1.5 GiB of its memory meanwhile."""
+def device_seconds(call: Callable[[], Any], repeats: int, warmup: int = 2) -> float:
+    """Seconds of one call on the present CUDA device, the median of several, each between two of its events."""
     import statistics
 
+    import torch
+
+    for _ in range(warmup):
+        call()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin, end in pairs:
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
+
+
+def measure(index: int) -> Card:
+    """The rates of a CUDA device, about 2 s; takes 1.5 GiB of its memory meanwhile."""
     import torch
 
     from avatar.attention import attention
     from avatar.quantize import quantize
 
     device = torch.device("cuda", index)
-
-    def seconds(call: Callable[[], Any], repeats: int) -> float:
-        for _ in range(2):
-            call()
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        for begin, end in pairs:
-            begin.record()
-            call()
-            end.record()
-        torch.cuda.synchronize(device)
-        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
-
     with torch.no_grad(), torch.cuda.device(device):
         # products that a card of 20 TFLOP/s does in 50 ms, and that fill the largest
         side = 8192
         a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
         operations = 2 * side**3 / 1e12
-        bf16 = operations / seconds(lambda: a @ b, 10)
+        bf16 = operations / device_seconds(lambda: a @ b, 10)
         float8 = 0.0
         if torch.cuda.get_device_capability(device) >= (8, 9):
             (x, scale_x), (y, scale_y) = quantize(a), quantize(b)
@@ -178,17 +181,17 @@ def measure(index: int) -> Card:
                     x, y.t(), scale_a=scale_x, scale_b=scale_y.t(), out_dtype=torch.bfloat16, use_fast_accum=True
                 )
 
-            float8 = operations / seconds(product, 10)
+            float8 = operations / device_seconds(product, 10)
         # one layer of the full-size transformer at 704x384
         queries, keys, heads, dim = 3168, 15312, 40, 128
         q = torch.randn(1, queries, heads, dim, device=device, dtype=torch.bfloat16)
         k, v = (torch.randn(1, heads, keys, dim, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
-        attended = 4 * queries * keys * heads * dim / 1e12 / seconds(lambda: attention(q, k, v), 10)
-        memory = 2 * a.nbytes / 1e9 / seconds(lambda: b.copy_(a), 10)
+        attended = 4 * queries * keys * heads * dim / 1e12 / device_seconds(lambda: attention(q, k, v), 10)
+        memory = 2 * a.nbytes / 1e9 / device_seconds(lambda: b.copy_(a), 10)
         pinned = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True)
         there = torch.empty_like(pinned, device=device)
-        inward = seconds(lambda: there.copy_(pinned, non_blocking=True), 5)
-        outward = seconds(lambda: pinned.copy_(there, non_blocking=True), 5)
+        inward = device_seconds(lambda: there.copy_(pinned, non_blocking=True), 5)
+        outward = device_seconds(lambda: pinned.copy_(there, non_blocking=True), 5)
     properties = torch.cuda.get_device_properties(device)
     return Card(
         properties.name,

@@ -35,6 +35,7 @@ from torch import Tensor
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
 from avatar.attention import attention
+from avatar.cards import device_seconds
 from avatar.demand import Schedule
 from avatar.live_avatar import fast
 from avatar.live_avatar.dit import CausalDiT, DiTConfig
@@ -131,25 +132,12 @@ def measure_ceilings(config: DiTConfig, options: Options) -> Ceilings:
     return Ceilings(bf16, float8, 4 * queries * keys * config.dim / 1e12 / attended)
 
 
-def timed(call: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> float:
-    """Seconds of one call, the median of several, each between two events of the device."""
-    for _ in range(warmup):
-        call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for begin, end in events:
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
-
-
 def held(call: Callable[[], Any], seconds: float = 1.0) -> float:
     """Seconds of one call, over a stretch in which the device does nothing else."""
-    count = max(1, round(seconds / timed(call, 3, 2)))
+    count = max(1, round(seconds / device_seconds(call, 3)))
     for _ in range(count):
         call()
-    return timed(call, count // 3 + 1, 0)
+    return device_seconds(call, count // 3 + 1, warmup=0)
 
 
 # Speed.
