@@ -1,10 +1,11 @@
-"""What all tests share: golden tensors, and the rule for tests that start system programs."""
+"""What all tests share: golden tensors, one thread, and the rule for tests that start system programs."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,14 @@ class Golden:
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     return Golden()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For networks this small a second thread costs more than it brings, and a busy machine makes that much worse."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -39,14 +39,7 @@ TINY = DiTConfig(
 ROOMY, CPU = Host(128 * GIB), torch.device("cpu")
 DEMAND = Shape().demand()
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Layers this small gain nothing from a second, and wait for it where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def placed(

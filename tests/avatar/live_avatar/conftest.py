@@ -1,21 +1,14 @@
-"""What the tests of the family share: the golden networks as a published folder, and one thread.
-
-The networks here are tiny: a second thread costs more than it brings, and a busy machine makes that much worse.
-"""
+"""What the tests of the family share: the golden networks as a published folder, and one thread."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 from published import write_checkpoint
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def tiny_networks(one_thread):
+    """All of them are tiny here."""
 
 
 @pytest.fixture(scope="session")
