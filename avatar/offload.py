@@ -389,12 +389,13 @@ class RingStream:
         at_work = self._busy.place if self._busy is not None else 1
         place = 1 - at_work
         self._there = {other: there for other, there in self._there.items() if there[0] == at_work}
+        cache, layer = turn.cache, key[1]
         if not self._places:
-            like, float8 = turn.cache.keys[key[1]], turn.cache.keys[key[1]].dtype == FLOAT8
-            room = turn.cache.conditioning_tokens + turn.cache.ring_tokens
+            like, room = cache.keys[layer], cache.conditioning_tokens + cache.ring_tokens
+            float8 = like.dtype == FLOAT8
             self._places = [(empty_keys(like, room, float8), empty_values(like, room, float8)) for _ in range(2)]
         keys, values = self._places[place]
-        (host_keys, host_values), first = turn.cache.away[key[1]], turn.cache.conditioning_tokens
+        (host_keys, host_values), first = cache.away[layer], cache.conditioning_tokens
         made = turn.start // turn.tokens % self._blocks
 
         def copies() -> None:

@@ -137,14 +137,13 @@ def _word(name: str, word: str, words: type[Word], names: Iterable[str] | None =
 class Places:
     """A placement of the full-size model on one device, being carried out.
 
+    The allocator is held to the plan's budget, so that other programs keep the rest.
+
     Args:
         placement: for `demand` on this device and host; it changes when room has to be made.
-        limit: hold the allocator to the plan's budget, so that other programs keep the rest.
     """
 
-    def __init__(
-        self, placement: Placement, demand: Demand, host: Host, device: torch.device, limit: bool = True
-    ) -> None:
+    def __init__(self, placement: Placement, demand: Demand, host: Host, device: torch.device) -> None:
         self.placement, self.demand, self.host, self.device = placement, demand, host, device
         self._stay = {part: set(_resident(self.place(part))) for part in ("transformer", "rings")}
         """Of which layers weights and rings are on the device."""
@@ -152,7 +151,7 @@ class Places:
         self._vae: WanVae | None = None
         self._rings: RingStream | None = None
         budget = placement.target.vram_bytes
-        if device.type == "cuda" and limit and budget:
+        if device.type == "cuda" and budget:
             # Layers come and go in several sizes: without this, 10 of 24 GiB were lost between them.
             torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
             total = torch.cuda.get_device_properties(device).total_memory
@@ -171,26 +170,25 @@ class Places:
     def settle(self, dit: CausalDiT, source: Source) -> None:
         """Give the transformer, which has no weights yet, those of the source, each where it shall live."""
         self._dit = dit
-        layers = {f"blocks.{i}.": i for i in range(len(dit.blocks))}
-        for layer, j in dit.injector_of_block.items():
-            layers[f"audio_injector.injector.{j}."] = layer
-            layers[f"audio_injector.injector_adain_layers.{j}."] = layer
-
-        def layer_of(name: str) -> int | None:
-            parts = name.split(".")
-            return layers.get(".".join(parts[:2]) + ".", layers.get(".".join(parts[:3]) + "."))
-
+        of_layer = {
+            id(parameter): i
+            for i in range(len(dit.blocks))
+            for module in dit.modules_of_layer(i)
+            for parameter in module.parameters()
+        }
+        # By name and before the first is given: a tensor that arrives takes the parameter's place.
+        layers = {name: of_layer.get(id(parameter)) for name, parameter in dit.named_parameters()}
         fast = self.device.type == "cuda"
 
         def ready(i: int) -> None:
-            source.give(lambda name: layer_of(name) == i)
+            source.give(lambda name: layers.get(name) == i)
             if self.placement.weights is Precision.FP8:
                 for module in dit.modules_of_layer(i):
                     quantize_linears(module)
             if fast:
                 dit.joined.append(joined(dit.blocks[i]))
 
-        source.give(lambda name: layer_of(name) is None)
+        source.give(lambda name: layers.get(name) is None)
         if self.placement.cache is Precision.FP8:
             use_float8_attention(dit)
         stream_layers(dit, self._stay["transformer"], self.device, ready=ready)
