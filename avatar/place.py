@@ -4,10 +4,8 @@ when the device has no room for it after all."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,7 +23,6 @@ from avatar.machine import bytes_of, host_memory
 from avatar.offload import RingStream, bring_for, stream_layers, stream_rings
 from avatar.placement import (
     CONTEXT_BYTES,
-    OFFLOAD_WORDS,
     DoesNotFit,
     Host,
     Lives,
@@ -38,6 +35,7 @@ from avatar.placement import (
     plan,
     spread,
     step_down,
+    understand,
 )
 from avatar.quantize import quantize_linears
 
@@ -77,15 +75,15 @@ def choose(
     Raises: DoesNotFit; OptionError: a wish that cannot be understood.
     """
     card, free = card_here(device)
-    host = Host(_amount("ram", wish.ram) or host_memory())
+    host = Host(understand("ram", wish.ram, bytes_of, OptionError) or host_memory())
     schedule = None if any_schedule and not live else options.schedule
     target = Target(
         live=live,
-        vram_bytes=min(_amount("vram", wish.vram) or free, free),
-        weights=_word("weights", wish.weights, Precision),
-        cache=_word("keys", wish.keys, Precision),
+        vram_bytes=min(understand("vram", wish.vram, bytes_of, OptionError) or free, free),
+        weights=understand("weights", wish.weights, Precision, OptionError),
+        cache=understand("keys", wish.keys, Precision, OptionError),
         schedule=schedule,
-        offload=_word("offload", wish.offload, Offload, OFFLOAD_WORDS) or Offload.AUTO,
+        offload=understand("offload", wish.offload, Offload, OptionError) or Offload.AUTO,
     )
     shape = Shape(options.width, options.height, options.steps, options.merge_last_step, options.ring_blocks)
     chosen = None
@@ -115,23 +113,6 @@ def card_here(device: torch.device) -> tuple[Card, int]:
     except CardError:
         card = measure(device.index or 0)
     return replace(card, name=name, memory_bytes=total), free
-
-
-def _amount(name: str, text: str) -> int | None:
-    try:
-        return bytes_of(text) if text else None
-    except ValueError as error:
-        raise OptionError(f"{name}: {text}: {error}") from error
-
-
-Word = TypeVar("Word", bound=StrEnum)
-
-
-def _word(name: str, word: str, words: type[Word], names: Iterable[str] | None = None) -> Word | None:
-    try:
-        return words(word) if word else None
-    except ValueError as error:
-        raise OptionError(f"{name}: {word}; there are {', '.join(names or words)}") from error
 
 
 class Places:

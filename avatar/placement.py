@@ -7,9 +7,9 @@ the plan. docs/placement.md has the model of memory and time, and what of it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from enum import EnumType, StrEnum
 from functools import lru_cache
 from itertools import product
 from typing import Any, TypeVar
@@ -110,6 +110,24 @@ class Target:
     offload: Offload = Offload.AUTO
     fps: int = 25
     frames_per_block: int = 12
+
+
+Said = TypeVar("Said")
+
+
+def understand(name: str, text: str, read: Callable[[str], Said], error: type[AvatardError]) -> Said | None:
+    """What a person said of a placement; None where nothing was said.
+
+    Args:
+        name: of the setting or option; read: an enumeration of words, or what raises ValueError with what it wants.
+    Raises: `error`: the text cannot be understood.
+    """
+    try:
+        return read(text) if text else None
+    except ValueError as reason:
+        words = OFFLOAD_WORDS if read is Offload else read
+        wanted = f"there are {', '.join(words)}" if isinstance(words, tuple | EnumType) else reason
+        raise error(f"{name} {text}: {wanted}") from reason
 
 
 class DoesNotFit(AvatardError):

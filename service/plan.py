@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from audio.errors import AvatardError
 from avatar.cards import GIB, MIB, TABLE, Card, CardError, cache_file, card_key, find_card, load_cards
 from avatar.live_avatar.size import Shape
 from avatar.machine import bytes_of, host_memory
 from avatar.placement import (
-    OFFLOAD_WORDS,
     DoesNotFit,
     Host,
     Offload,
@@ -25,6 +22,7 @@ from avatar.placement import (
     Target,
     first_live,
     plan,
+    understand,
     ways_to_live,
 )
 from service.models import known_models, plan_lines, select_model
@@ -80,7 +78,8 @@ def answer(question: Question) -> Answer:
         return Answer([*plan_lines(table), "  no GPU is needed and nothing has to be placed"], table)
 
     shape, target = _shape(question), _target(question)
-    host = Host(_bytes("--ram", question.ram) if question.ram else USUAL_MEMORY)
+    ram = understand("--ram", question.ram, bytes_of, PlanError)
+    host = Host(USUAL_MEMORY if ram is None else ram)
     if question.gpus < 1:
         raise PlanError(f"--gpus {question.gpus}: must be 1 or more")
     if question.gpu:
@@ -122,11 +121,11 @@ def _shape(question: Question) -> Shape:
 def _target(question: Question) -> Target:
     return Target(
         live=question.live is not False,
-        vram_bytes=_bytes("--vram", question.vram) if question.vram else None,
-        weights=_word("--weights", question.weights, Precision),
-        cache=_word("--keys", question.keys, Precision),
-        schedule=_word("--schedule", question.schedule, Schedule),
-        offload=_word("--offload", question.offload, Offload, OFFLOAD_WORDS) or Offload.AUTO,
+        vram_bytes=understand("--vram", question.vram, bytes_of, PlanError),
+        weights=understand("--weights", question.weights, Precision, PlanError),
+        cache=understand("--keys", question.keys, Precision, PlanError),
+        schedule=understand("--schedule", question.schedule, Schedule, PlanError),
+        offload=understand("--offload", question.offload, Offload, PlanError) or Offload.AUTO,
     )
 
 
@@ -166,23 +165,6 @@ def _on_well_known(model: str, entry: dict[str, Any], shape: Shape, host: Host, 
         )
     lines.append("more with --gpu NAME")
     return Answer(lines, {model: {**entry, "shape": vars(shape), "cards": cards}})
-
-
-Word = TypeVar("Word", bound=StrEnum)
-
-
-def _word(option: str, word: str, words: type[Word], names: Iterable[str] | None = None) -> Word | None:
-    try:
-        return words(word) if word else None
-    except ValueError as error:
-        raise PlanError(f"{option} {word}: there are {', '.join(names or words)}") from error
-
-
-def _bytes(option: str, text: str) -> int:
-    try:
-        return bytes_of(text)
-    except ValueError as error:
-        raise PlanError(f"{option} {text}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

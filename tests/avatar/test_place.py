@@ -226,9 +226,9 @@ def test_what_was_said_is_kept_to():
 @pytest.mark.parametrize(
     ("wish", "line"),
     [
-        (Wish(vram="plenty"), "vram: plenty: not an amount of memory, such as 24GiB"),
-        (Wish(weights="fp4"), "weights: fp4; there are bf16, fp8"),
-        (Wish(offload="some"), "offload: some; there are auto, none, cpu, group, model, block"),
+        (Wish(vram="plenty"), "vram plenty: not an amount of memory, such as 24GiB"),
+        (Wish(weights="fp4"), "weights fp4: there are bf16, fp8"),
+        (Wish(offload="some"), "offload some: there are auto, none, cpu, group, model, block"),
     ],
 )
 def test_a_wish_that_cannot_be_understood_is_one_line(wish, line):
