@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 OUT ?= out
+WORKERS ?= 2
 
 .PHONY: demo test lint clean system-packages
 .DELETE_ON_ERROR:
@@ -19,8 +20,10 @@ demo: $(STAMP)
 
 # Threads that wait sleep instead of spinning: on a busy machine the tests then take half as long.
 test: export OMP_WAIT_POLICY ?= PASSIVE
+# One worker has what lives in real time, and the others what only computes, on one thread each.
+test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) system-packages lint
-	$(BIN)/pytest -q $(PYTEST_ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

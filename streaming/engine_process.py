@@ -67,7 +67,7 @@ class ModelProcess:
         """Start the process; it loads the model by itself. `ready` waits for that.
 
         Args:
-            load: model, size, steps and options, as `engine_child.load` takes them.
+            load: model, size, steps, options and live, as `engine_child.load` takes them.
             snapshots: descriptor of the file that snapshots are kept in.
             on_end: called when the process has ended or is given up, before anybody who waits is told.
         Raises: OSError.

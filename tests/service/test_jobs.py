@@ -591,7 +591,7 @@ async def test_what_has_ended_is_not_cancelled_and_what_is_not_there_is_not_foun
         await h.submit("a")
         await h.ended("a")
         assert (await h.jobs.cancel("a")).state == "completed"
-        assert h.left() == ["out/a.mp4"]
+        await until_async(lambda: h.left() == ["out/a.mp4"])
         for ask in h.jobs.cancel("no"), h.jobs.get("no"), h.jobs.wait("no", 1):
             with pytest.raises(Refusal) as refused:
                 await ask
