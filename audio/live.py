@@ -310,6 +310,7 @@ class Lateness:
         """What comes next is not measured against what came before."""
         self._delivered_s = self._read_s = 0.0
         self._offsets: deque[tuple[float, float]] = deque()
+        self._unsure_s: float | None = None
 
     def push(self, samples: int, arrived_s: float) -> None:
         """Note that so many more samples at 48 kHz have come."""
@@ -320,11 +321,13 @@ class Lateness:
         offset = arrived_s - self._delivered_s
         while self._offsets and self._offsets[0][0] < arrived_s - self.WINDOW_S:
             self._offsets.popleft()
+        if self._unsure_s is not None:
+            self._readings.append(self._unsure_s)
         late_s = max(0.0, offset - min((past for _, past in self._offsets), default=offset))
         if late_s > self.PAUSE_S:
             self._offsets.clear()
-        else:
-            self._readings.append(late_s)
+        # The end of a voice may lie with its source until that knows it to be the end: nothing waits for it.
+        self._unsure_s = None if late_s > self.PAUSE_S else late_s
         self._offsets.append((arrived_s, offset))
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import threading
@@ -90,6 +91,7 @@ class Speech:
         return sound * spoken
 
 
+@functools.cache
 def _wavetable(period: int, rate: int) -> NDArray[np.float64]:
     """One period of each vowel, [len(VOWELS), period], of peak 1."""
     hz = np.arange(1, 33) * (rate / period)

@@ -348,6 +348,17 @@ def test_a_pause_is_not_taken_for_lateness():
     assert lateness.usual_s == LEAST_RESERVE_S
 
 
+def test_the_end_of_a_voice_may_come_late():
+    """A resampler holds the last of it until nothing more seems to come."""
+    lateness = Lateness(0.04)
+    for word in range(20):
+        for piece in range(10):
+            lateness.push(960, word * 2.0 + piece * 0.02)
+        lateness.push(720, word * 2.0 + 0.4)
+        lateness.pause()
+    assert lateness.usual_s == LEAST_RESERVE_S
+
+
 def test_single_samples_are_measured_as_well_as_chunks():
     lateness = Lateness(0.04)
     for at in range(LISTENER_RATE):
