@@ -471,13 +471,16 @@ def _mixed(pieces: Iterator[_Piece], channels: int) -> Iterator[tuple[Samples, i
 def _resampled(
     pieces: Iterator[tuple[Samples, int]], channels: int, sample_rate: int, live: bool = False
 ) -> Iterator[Samples]:
-    """The pieces at that rate, float32 [n, channels] in [-1, 1]; together the same as resampling the whole."""
-    resampler: StreamResampler | None = None
+    """The pieces at that rate, float32 [n, channels] in [-1, 1]; together the same as resampling the whole.
+
+    live: they are mono, and come as soon as they can.
+    """
+    resampler: StreamResampler | LiveResampler | None = None
     for samples, rate in pieces:
         if resampler is None or resampler.from_rate != rate:
             if resampler is not None and len(rest := resampler.flush()):
                 yield rest
-            resampler = StreamResampler(rate, sample_rate, channels, live)
+            resampler = LiveResampler(rate, sample_rate) if live else StreamResampler(rate, sample_rate, channels)
         if len(out := resampler.push(samples)):
             yield out
     if resampler is not None and len(rest := resampler.flush()):
@@ -487,34 +490,75 @@ def _resampled(
 class StreamResampler:
     """soxr's streaming resampler: pieces [n, channels] in, pieces out, kept within full scale.
 
-    live: keep little back. Towards 48 kHz soxr's usual engine takes long strides: of sound that comes 20 ms at a time
-    it keeps 6 to 37 ms at 16 kHz and 16 to 175 ms at 8 kHz. Its engine for variable rates keeps 15 and 30 ms, always,
-    and its noise is at -110 dB instead of -130 dB.
+    Towards 48 kHz it takes long strides: of sound that comes 20 ms at a time it keeps 6 to 37 ms at 16 kHz and 16 to
+    175 ms at 8 kHz. Its noise is at -130 dB.
     """
 
-    def __init__(self, from_rate: int, to_rate: int, channels: int, live: bool = False) -> None:
+    def __init__(self, from_rate: int, to_rate: int, channels: int) -> None:
         self.from_rate = from_rate
         self.channels = channels
         # equal rates pass through: soxr would only add its delay
         same = from_rate == to_rate
-        self._stream = None if same else soxr.ResampleStream(from_rate, to_rate, channels, "float32", vr=live)
+        self._stream = None if same else soxr.ResampleStream(from_rate, to_rate, channels, "float32")
 
     def push(self, samples: Samples) -> Samples:
         """What is ready after these samples; soxr keeps some milliseconds until it has heard what follows."""
         if self._stream is None or not len(samples):
             return samples
-        return self._within(self._stream.resample_chunk(np.ascontiguousarray(samples)))
+        return _within(self._stream.resample_chunk(np.ascontiguousarray(samples)), self.channels)
 
     def flush(self) -> Samples:
         """What was kept; the end of the stream."""
         nothing = np.zeros((0, self.channels), np.float32)
         if self._stream is None:
             return nothing
-        return self._within(self._stream.resample_chunk(nothing, last=True))
+        return _within(self._stream.resample_chunk(nothing, last=True), self.channels)
 
-    def _within(self, samples: Samples) -> Samples:
-        # the filter overshoots at steps of full scale
-        return np.clip(samples.reshape(-1, self.channels), -1.0, 1.0)
+
+class LiveResampler:
+    """FFmpeg's resampler, for one channel: pieces [n, 1] in, pieces out, kept within full scale.
+
+    It keeps back 16 samples, of the lower rate: 1 ms at 16 kHz, always. Its noise is at -90 dB near the end of the
+    band and at -106 dB below 3 kHz.
+    """
+
+    FILTER = 32
+    """Samples of the lower rate: of fewer it gives nothing, not even at the end."""
+
+    def __init__(self, from_rate: int, to_rate: int) -> None:
+        self.from_rate, self._to_rate = from_rate, to_rate
+        same = from_rate == to_rate
+        self._stream = None if same else av.AudioResampler(format="flt", layout="mono", rate=to_rate)
+        self._came = self._went = 0
+
+    def push(self, samples: Samples) -> Samples:
+        """What is ready after these samples."""
+        if self._stream is None or not len(samples):
+            return samples
+        self._came += len(samples)
+        made = self._resampled(samples)
+        self._went += len(made)
+        return made
+
+    def flush(self) -> Samples:
+        """What was kept, as if silence followed; the end of the stream."""
+        left = round(self._came * self._to_rate / self.from_rate) - self._went
+        if self._stream is None or left <= 0:
+            return np.zeros((0, 1), np.float32)
+        silence = self.FILTER * max(1, math.ceil(self.from_rate / self._to_rate))
+        return self._resampled(np.zeros((silence, 1), np.float32))[:left]
+
+    def _resampled(self, samples: Samples) -> Samples:
+        assert self._stream is not None
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T), format="flt", layout="mono")
+        frame.sample_rate = self.from_rate
+        made = [np.zeros((1, 0), np.float32), *(frame.to_ndarray() for frame in self._stream.resample(frame))]
+        return _within(np.concatenate(made, axis=1), 1)
+
+
+def _within(samples: Samples, channels: int) -> Samples:
+    # the filter overshoots at steps of full scale
+    return np.clip(samples.reshape(-1, channels), -1.0, 1.0)
 
 
 # Bytes of PCM
@@ -568,8 +612,8 @@ PCM_ENCODINGS = {"s16le": 2, "s24le": 3, "s32le": 4, "f32le": 4, "u8": 1, "mulaw
 class PcmDecoder:
     """Bytes of PCM as they come from a socket or a pipe, cut anywhere, to mono chunks at the rate a model hears.
 
-    Channels are averaged. `report` counts what was not a number or beyond full scale (f32le only). live: as in
-    StreamResampler.
+    Channels are averaged. `report` counts what was not a number or beyond full scale (f32le only). live: little is
+    held back, see LiveResampler.
     """
 
     def __init__(self, pcm: PcmFormat, sample_rate: int, live: bool = False) -> None:
@@ -583,8 +627,8 @@ class PcmDecoder:
     def feed(self, data: bytes | bytearray | memoryview) -> AudioChunk:
         """Take in any number of bytes; give the samples that are ready, possibly none.
 
-        Bytes of a sample that is not complete wait for the rest. soxr holds back some milliseconds of sound
-        when the rates differ.
+        Bytes of a sample that is not complete wait for the rest. Some milliseconds of sound are held back when the
+        rates differ.
         """
         data = self._odd + bytes(data)
         whole = len(data) - len(data) % self.pcm.bytes_per_frame
@@ -605,8 +649,10 @@ class PcmDecoder:
         self._resampler = self._new_resampler()
         return self._chunk(rest)
 
-    def _new_resampler(self) -> StreamResampler:
-        return StreamResampler(self.pcm.sample_rate, self.sample_rate, 1, self.live)
+    def _new_resampler(self) -> StreamResampler | LiveResampler:
+        if self.live:
+            return LiveResampler(self.pcm.sample_rate, self.sample_rate)
+        return StreamResampler(self.pcm.sample_rate, self.sample_rate, 1)
 
     def _chunk(self, samples: Samples) -> AudioChunk:
         return AudioChunk(samples[:, 0], self.sample_rate)

@@ -20,8 +20,11 @@ Samples = NDArray[np.float32]
 LISTENER_RATE = 48_000
 """Hz, mono: what the listener of a live session hears."""
 
-RESERVE_S = 0.04
+RESERVE_S = 0.02
 """Sound kept back beside the lookahead, so that chunks of a voice may come that much late; until that was measured."""
+
+PATIENCE_S = 0.04
+"""How late a chunk may come at least before its voice counts as ended."""
 
 LEAST_RESERVE_S, MOST_RESERVE_S = 0.005, 0.2
 """Of what is kept back once it was measured."""
@@ -105,7 +108,6 @@ class LiveCutter:
         # From here on everything is in samples of the listener.
         self._block = samples_per_block * ratio
         self._lookahead = lookahead_samples * ratio
-        self._expected_s = reserve_s
         self._lateness = Lateness(reserve_s)
         self._margin = FILTER_REACH * ratio if ratio > 1 else 0
         self._drift = DriftCorrector()
@@ -117,8 +119,7 @@ class LiveCutter:
 
     def _keep_back(self, reserve_s: float) -> None:
         self._reserve = round(reserve_s * LISTENER_RATE)
-        self._patience = round(max(reserve_s, self._expected_s) * LISTENER_RATE)
-        """How late a chunk may come before its voice counts as ended: no shorter for one that came evenly so far."""
+        self._patience = round(max(reserve_s, PATIENCE_S) * LISTENER_RATE)
         self._kept = self._lookahead + self._reserve
         self._drift.target_s = -reserve_s / 2
 

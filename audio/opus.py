@@ -7,7 +7,7 @@ import av.error
 import numpy as np
 
 from audio.chunk import AudioChunk
-from audio.decode import AudioError, StreamResampler
+from audio.decode import AudioError, LiveResampler
 
 OPUS_RATE = 48_000
 """Hz at which Opus is decoded, whatever was encoded."""
@@ -19,12 +19,11 @@ LONGEST_PACKET = 3 * 1276 + 7
 class OpusDecoder:
     """Opus packets to mono chunks at the rate that is wanted; the counterpart of `PcmDecoder`.
 
-    Stereo is averaged. live: as in `StreamResampler`.
+    Stereo is averaged, and little is held back, see `LiveResampler`.
     """
 
-    def __init__(self, sample_rate: int, live: bool = False) -> None:
+    def __init__(self, sample_rate: int) -> None:
         self.sample_rate = sample_rate
-        self.live = live
         self._codec = _new_codec()
         self._resampler = self._new_resampler()
 
@@ -54,8 +53,8 @@ class OpusDecoder:
         self._resampler = self._new_resampler()
         return self._chunk(rest)
 
-    def _new_resampler(self) -> StreamResampler:
-        return StreamResampler(OPUS_RATE, self.sample_rate, 1, self.live)
+    def _new_resampler(self) -> LiveResampler:
+        return LiveResampler(OPUS_RATE, self.sample_rate)
 
     def _chunk(self, samples: np.ndarray) -> AudioChunk:
         return AudioChunk(samples[:, 0], self.sample_rate)

@@ -48,7 +48,7 @@ def load_model(
     family = model if folder is None else _family_of(folder)
     device = _device()
     if device.type == "cpu":
-        torch.set_num_threads(thread_count())
+        use_threads()
     return FAMILIES[family](Request(folder, size, steps, dict(options or {}), device, live))
 
 
@@ -149,7 +149,19 @@ def _device() -> torch.device:
     return found if found is not None else torch.empty(0).device
 
 
-def thread_count() -> int:
-    """Threads of one model: OMP_NUM_THREADS if it is set, else a core each, as far as they may be used."""
+def thread_count(live: bool = False) -> int:
+    """Threads of one model: OMP_NUM_THREADS if it is set, else a core each, as far as they may be used.
+
+    live: one core less, where there are several: a broadcast encodes beside its model, and a thread that is put off for
+    that holds up all others. On two cores pocket's first frames came after 113 ms (p90 126) on one thread, and after
+    141 (158) on two, in a broadcast; beside a process that takes a core after 84, and after 203 on two.
+    """
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) > 0 else max(1, len(os.sched_getaffinity(0)))
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    return max(1, len(os.sched_getaffinity(0)) - live)
+
+
+def use_threads(live: bool = False) -> None:
+    """Let what is computed on the CPU from now on take `thread_count` threads."""
+    torch.set_num_threads(thread_count(live))

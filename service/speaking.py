@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audio.chunk import AudioChunk
-from audio.decode import PcmDecoder, PcmFormat, StreamResampler
+from audio.decode import LiveResampler, PcmDecoder, PcmFormat
 from audio.errors import AvatardError
 from audio.live import LISTENER_RATE
 from audio.opus import OpusDecoder
@@ -176,12 +176,12 @@ class Speaking:
             await work()
 
     async def _speak(self, speaker: Voice, text: str, voice: str | None) -> None:
-        resampler: StreamResampler | None = None
+        resampler: LiveResampler | None = None
         try:
             async with contextlib.aclosing(speaker.speak(text, voice)) as chunks:
                 async for chunk in chunks:
                     if resampler is None:
-                        resampler = StreamResampler(chunk.sample_rate, LISTENER_RATE, 1)
+                        resampler = LiveResampler(chunk.sample_rate, LISTENER_RATE)
                     await self.bring(resampler.push(chunk.samples[:, None])[:, 0])
         except asyncio.CancelledError:
             resampler = None
@@ -209,7 +209,7 @@ class Feed:
         self._speaking = speaking
         self._decoder: PcmDecoder | OpusDecoder
         if format.strip().lower().partition(":")[0] == "opus":
-            self._decoder, self._piece = OpusDecoder(LISTENER_RATE, live=True), 0
+            self._decoder, self._piece = OpusDecoder(LISTENER_RATE), 0
         else:
             pcm = PcmFormat.parse(format)
             self._decoder = PcmDecoder(pcm, LISTENER_RATE, live=True)

@@ -168,6 +168,10 @@ class Child:
     def _step(self, session: Kept, header: dict[str, Any], body: bytes) -> Iterable[FrameBlock]:
         if session.depth:
             self._remember(session, header["block"])
+        if "avatar.load" in sys.modules:
+            from avatar.load import use_threads
+
+            use_threads(live=header["pieces"])
         sound = np.frombuffer(body, np.float32)
         samples, ahead = sound[: header["samples"]], sound[header["samples"] :]
         audio = AudioBlock(samples, header["start"], header["valid"], ahead)

@@ -582,7 +582,7 @@ class LiveSession:
 
     def _needed_s(self) -> float:
         """How long before it is due a block must be cut to be made in time; beyond a block nothing gets better."""
-        return min(_quantile(self._needs, 0.9) * 1.1 + MARGIN_S, self._spec.block_seconds)
+        return min(_quantile(self._needs, 0.9) + MARGIN_S, self._spec.block_seconds)
 
     def _lead_s(self) -> float:
         return self._needed_s() + self._settings.lead_s

@@ -184,7 +184,7 @@ def test_the_beginning_of_a_voice_is_laid_to_the_end_of_the_block_and_lookahead_
 
 
 def test_less_than_lookahead_and_reserve_waits_for_more():
-    live = cutter()
+    live = cutter(reserve_s=0.04)
     for _ in range(7):
         live.push(noise(17 * MS))
     assert not live.cut().speaking
@@ -235,7 +235,7 @@ def test_more_than_a_block_begins_at_once():
 
 
 def test_a_gap_of_the_source_is_silence_and_then_it_begins_anew():
-    live = cutter()
+    live = cutter(reserve_s=0.04)
     live.push(noise(900 * MS))
     live.cut()
     gap = live.cut()
@@ -247,7 +247,7 @@ def test_a_gap_of_the_source_is_silence_and_then_it_begins_anew():
 
 
 def test_missing_says_what_the_next_block_needs():
-    live = cutter()
+    live = cutter(reserve_s=0.04)
     assert live.missing_s == pytest.approx(0.6)
     live.push(noise(500 * MS))
     assert live.missing_s == pytest.approx(0.1)
@@ -300,7 +300,7 @@ def said_again(late_s: float, chunk_ms: int = 20) -> list[tuple[float, float]]:
 
     Gives of each how long after its first chunk it was heard, and the length of its holes, in seconds.
     """
-    live, number, utterances = cutter(), 0, []
+    live, number, utterances = cutter(reserve_s=0.04), 0, []
     for begins in (0.1, 3.21, 6.37):
         arrivals = [begins + i * chunk_ms / 1000 + (late_s if i % 10 == 9 else 0) for i in range(1500 // chunk_ms)]
         arrivals, came, blocks = list(np.maximum.accumulate(arrivals)), 0, []
