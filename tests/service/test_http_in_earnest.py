@@ -15,15 +15,16 @@ import pytest
 from described import found_wrong, of_server
 from http_app import picture, sound
 from mp4 import read_mp4
-from serve import Serve
+from serve import TOY, Serve
 from waiting import until
 from websockets.asyncio.client import connect
+
+SETTINGS = ("sessions.limit=4", "auth.requests_per_minute=1000000", "encoder.preset=ultrafast")
 
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory):
-    settings = ("sessions.limit=4", "auth.requests_per_minute=1000000", "encoder.preset=ultrafast")
-    with Serve(tmp_path_factory.mktemp("daemon"), *settings) as serve:
+    with Serve(tmp_path_factory.mktemp("daemon"), *SETTINGS) as serve:
         yield serve.ready()
         assert "Traceback" not in serve.text
 
@@ -142,8 +143,14 @@ def test_the_daemon_is_as_it_is_described(serve):
 
 
 @pytest.mark.slow
-async def test_fifty_clients_beside_a_live_session(serve):
+@pytest.mark.parametrize("model", [TOY, "pocket"], ids=["toy", "pocket"])
+async def test_fifty_clients_beside_a_live_session(tmp_path, model):
     """A minute and a half: what the session and the daemon's memory are like with fifty clients, and without."""
+    with Serve(tmp_path, *SETTINGS, model=model) as serve:
+        await fifty_clients(serve.ready())
+
+
+async def fifty_clients(serve):
     daemon = psutil.Process(serve.process.pid)
     big = serve.outputs / "big.mp4"
     big.write_bytes(bytes(200_000_000))
