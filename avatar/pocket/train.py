@@ -355,6 +355,12 @@ def store(weights: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path)
 
 
+def lay_halfway(path: Path, earlier: Path) -> None:
+    """Put the mean of the weights in two files into the first: runs from one beginning err differently."""
+    ours, theirs = load_file(path), load_file(earlier)
+    store({name: (weight.float() + theirs[name].float()) / 2 for name, weight in ours.items()}, path)
+
+
 def recall(module: nn.Module, path: Path) -> nn.Module:
     """A stage's result into a module, in fp32, ready to use."""
     module.load_state_dict({k: v.float() for k, v in load_file(path).items()})
@@ -1031,6 +1037,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, action="append", required=True, help="budget, one for each --stage")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds; then save and exit")
     parser.add_argument("--further", action="store_true", help="start from the stage's earlier result in --out")
+    parser.add_argument(
+        "--mean-with", type=Path, metavar="FOLDER", help="at the end, the transformer is the mean of it and of FOLDER's"
+    )
     given = parser.parse_args()
     stop_at = time.monotonic() + given.stop_after
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms %(message)s")
@@ -1042,6 +1051,8 @@ def main() -> None:
         torch.backends.cudnn.benchmark = True
     for stage, seconds in zip(given.stage, given.seconds, strict=True):
         STAGES[stage](Workshop(given.data, given.out, seconds, where, stop_at, given.further))
+    if given.mean_with is not None:
+        lay_halfway(given.out / "dit.safetensors", given.mean_with / "dit.safetensors")
 
 
 if __name__ == "__main__":

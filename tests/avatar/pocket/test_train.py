@@ -119,6 +119,16 @@ def test_the_transformer_trains_and_goes_on(shop, stage, results):
 
 
 @pytest.mark.usefixtures("trained_before")
+def test_halfway_is_the_mean_of_two_runs(tmp_path):
+    for name, value in ("a", 1.0), ("b", 2.0):
+        train.store({"weight": torch.full((2, 3), value), "bias": torch.tensor([value, -value])}, tmp_path / name)
+    train.lay_halfway(tmp_path / "a", tmp_path / "b")
+    mean = load_file(tmp_path / "a")
+    assert (mean["weight"] == 1.5).all()
+    assert mean["bias"].tolist() == [1.5, -1.5]
+    assert mean["bias"].dtype == torch.bfloat16
+
+
 def test_the_decoder_learns_its_seams_and_leaves_the_latents_alone(shop):
     step_and_go_on(shop, "seams", ["vae_seams"])
     before, after = (load_file(shop.out / f"{name}.safetensors") for name in ("vae", "vae_seams"))
