@@ -118,7 +118,6 @@ def test_the_transformer_trains_and_goes_on(shop, stage, results):
     step_and_go_on(shop, stage, results)
 
 
-@pytest.mark.usefixtures("trained_before")
 def test_halfway_is_the_mean_of_two_runs(tmp_path):
     for name, value in ("a", 1.0), ("b", 2.0):
         train.store({"weight": torch.full((2, 3), value), "bias": torch.tensor([value, -value])}, tmp_path / name)
@@ -129,6 +128,7 @@ def test_halfway_is_the_mean_of_two_runs(tmp_path):
     assert mean["bias"].dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("trained_before")
 def test_the_decoder_learns_its_seams_and_leaves_the_latents_alone(shop):
     step_and_go_on(shop, "seams", ["vae_seams"])
     before, after = (load_file(shop.out / f"{name}.safetensors") for name in ("vae", "vae_seams"))
