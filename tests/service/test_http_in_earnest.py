@@ -148,6 +148,7 @@ async def test_fifty_clients_beside_a_live_session(tmp_path, model):
     """A minute and a half: what the session and the daemon's memory are like with fifty clients, and without."""
     with Serve(tmp_path, *SETTINGS, model=model) as serve:
         await fifty_clients(serve.ready())
+        assert "Traceback" not in serve.text
 
 
 async def fifty_clients(serve):
