@@ -174,6 +174,10 @@ class LiveCutter:
                 self._lateness.push(samples.size, arrived_s)
             self._add(self._drift.push(np.array(samples, np.float32), arrived_s))
 
+    def source_waits(self) -> None:
+        """More is ready at the source than it may push: what comes next comes at our pace, not at its own."""
+        self._drift.forget_pace()
+
     def utterance_ended(self) -> None:
         """What was pushed is whole: none of it need wait for more."""
         self._add(self._drift.flush())
@@ -343,8 +347,9 @@ class DriftCorrector:
     """A source whose clock runs a little fast or slow, to ours, by resampling it by so little.
 
     A source is taken for a clock when for 15 s and more it has delivered within 0.5 % of its rate, never more than
-    250 ms from an even pace. From then on its drift is taken out, and `level` is led to `target_s` gently. What comes
-    in bursts or with gaps is no clock, and passes at its own speed.
+    250 ms from an even pace. From then on its drift is taken out, and `level` is led to `target_s` gently: a second
+    that a network kept back is made good in five minutes. What comes in bursts or with gaps, or has to wait until it
+    is taken, is no clock, and passes at its own speed.
 
     Args:
         target_s: where the lowest of the recent levels shall be.
@@ -357,7 +362,6 @@ class DriftCorrector:
     EVERY_S = 0.5  # between two looks at the clock
     SETTLE_S = 30.0
     HASTE = 0.003  # of the correction, what may serve to settle the level
-    FAR_S = 0.35  # a level further from its target is no drift: a store of sound, which is not hurried through
     LEVELS = 12  # blocks: the lowest of these counts, since that is the one that may become a hole
     HELD = 240  # samples that soxr's resampler keeps until it has heard what follows
 
@@ -388,6 +392,11 @@ class DriftCorrector:
         self._taken += len(samples)
         return np.clip(self._stream.resample_chunk(samples), -1.0, 1.0)
 
+    def forget_pace(self) -> None:
+        """What came before says nothing about the clock by which the next comes."""
+        self._arrivals.clear()
+        self._correct(0.0)
+
     def level(self, level_s: float) -> None:
         """How much more sound than wanted was there after a block was cut."""
         self._levels.append(level_s)
@@ -401,9 +410,8 @@ class DriftCorrector:
 
     def _observe(self, samples: int, arrived_s: float) -> None:
         if arrived_s - self._latest_s > self.GAP_S:
-            self._arrivals.clear()
             self._levels.clear()
-            self._correct(0.0)
+            self.forget_pace()
         self._latest_s = arrived_s
         self._delivered_s += samples / LISTENER_RATE
         if self._arrivals and arrived_s - self._arrivals[-1][0] < self.EVERY_S:
@@ -423,8 +431,7 @@ class DriftCorrector:
             if abs(drift) <= self.MOST and uneven <= self.STEADY_S:
                 self.drift = float(drift)
                 off = min(self._levels) - self.target_s if self._levels else 0.0
-                if abs(off) <= self.FAR_S:
-                    speed = drift + np.clip(off / self.SETTLE_S, -self.HASTE, self.HASTE)
+                speed = drift + np.clip(off / self.SETTLE_S, -self.HASTE, self.HASTE)
         self._correct(float(np.clip(speed, -self.MOST, self.MOST)))
 
     def _correct(self, speed: float) -> None:

@@ -96,7 +96,8 @@ Raises: AudioError: it cannot be had, or is lost.
 class Reader:
     """Brings one source's sound into a PushSource, for as long as either lives; made by `open_live`.
 
-    name: what it reads, without secrets; is_file: its sound is all there already, and comes as fast as it is taken.
+    name: what it reads, without secrets; is_file: its sound is all there already, and comes as fast as it is taken;
+    newest: it goes on without us, so that what is too much is dropped at its old end: waited for, it would stay late.
     """
 
     def __init__(
@@ -107,11 +108,12 @@ class Reader:
         *,
         is_file: bool = False,
         retries: bool = False,
+        newest: bool = False,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         rng: random.Random | None = None,
     ) -> None:
         self.name, self.is_file = name, is_file
-        self._connect, self._source, self._retries = connect, source, retries
+        self._connect, self._source, self._retries, self._newest = connect, source, retries, newest
         self._sleep, self._rng = sleep, rng or random.Random()
         self._state: State = "waiting"
         self._received = 0
@@ -172,7 +174,10 @@ class Reader:
                 self._state, self._last_error = "connected", ""
                 self._connections += 1
                 log.info("%s: sound comes", self.name)
-            await self._source.push(chunk)
+            if self._newest:
+                self._source.push_newest(chunk)
+            else:
+                await self._source.push(chunk)
             self._received += chunk.samples.size
 
     def _pause(self) -> None:
@@ -215,6 +220,7 @@ def open_live(
         raise ValueError(f"a live source has {LISTENER_RATE} Hz, not {source.sample_rate}")
     form = PcmFormat.parse(pcm) if isinstance(pcm, str) else pcm
     once, again = partial(Reader, source=source), partial(Reader, source=source, retries=True, sleep=sleep, rng=rng)
+    joined = partial(again, newest=True)
     scheme, colon, rest = target.partition(":")
     if target == "-" or scheme == "fd":
         descriptor = 0 if target == "-" else _descriptor(target)
@@ -224,11 +230,12 @@ def open_live(
             raise AudioError(f"{scheme}:***: not an address; write {scheme}://HOST and what follows")
         options = PROBE | (NEWEST if scheme in JOINED else {})
         opened = partial(_open, target, None, options, open_timeout_s, read_timeout_s)
-        return again(redacted(target), partial(_stream, redacted(target), opened))
+        join = joined if scheme in JOINED else again
+        return join(redacted(target), partial(_stream, redacted(target), opened))
     if scheme in DEVICES:
         asked = {"sample_rate": str(form.sample_rate), "channels": str(form.channels)} if form else {}
         opened = partial(_open, rest.removeprefix("//"), scheme, asked, open_timeout_s, read_timeout_s)
-        return again(target, partial(_stream, target, opened))
+        return joined(target, partial(_stream, target, opened))
     if "://" in target and scheme != "file":
         kinds = ", ".join(SCHEMES)
         raise AudioError(f"{redacted(target)}: no such source; use {kinds}, a device, a path, or - for stdin")

@@ -90,6 +90,11 @@ class PushSource:
         """Seconds of sound pushed and not read yet."""
         return self._waiting / self.sample_rate
 
+    @property
+    def full(self) -> bool:
+        """Whether who pushes has to wait now."""
+        return self._waiting >= self._limit
+
     async def push(self, chunk: AudioChunk) -> None:
         """Add sound (copied; what is not a number becomes silence), waiting while too much of it waits to be read.
 
@@ -100,8 +105,8 @@ class PushSource:
         while samples.size:
             if self._closed:
                 raise SourceClosed
-            room = self._limit - self._waiting
-            if room > 0:
+            if not self.full:
+                room = self._limit - self._waiting
                 self._add(samples[:room])
                 samples = samples[room:]
             else:

@@ -48,6 +48,9 @@ MARGIN_S = 0.02
 PENDING_S = 1.0
 """Sound in the cutter after which no more is read: who pushes has to wait, and a pipe fills."""
 
+HOLD_S = 1.0
+"""A source that still has room after not being read for so long brings no more than a voice says: all of it is read."""
+
 HOPE = 0.8
 """By how much less than usual a block is expected to take, for each in a row that was given up, five times at most."""
 
@@ -178,6 +181,8 @@ class LiveSession:
         self._taken = asyncio.Event()
         self._heard = asyncio.Event()
         self._begun = asyncio.Event()
+        self._early = _EarlySound()
+        self._most_pending_s = PENDING_S
         self._source_error: AvatardError | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._encoder: Encoder | None = None
@@ -222,7 +227,7 @@ class LiveSession:
             step_s=step_s,
             load=step_s / block_s,
             skew_s=self._frame / self._spec.fps - self._sound_sent / LISTENER_RATE if self._steps else 0.0,
-            waiting_s=self._source.waiting_s + (self._cutter.pending_s if self._steps else 0.0),
+            waiting_s=self._source.waiting_s + self._early.seconds + (self._cutter.pending_s if self._steps else 0.0),
             slips=self._pacer.slips if self._begun.is_set() else 0,
             interruptions=self._interruptions,
             outputs=tuple(lane.status for lane in self._lanes),
@@ -243,7 +248,7 @@ class LiveSession:
         Sound that was not heard yet is forgotten. The model goes back to the block on the screen and makes the rest
         of it anew; where too little of it is left for that, it makes the next one anew.
         """
-        dropped = self._source.drop()
+        dropped = self._source.drop() + self._early.drop()
         if not self._on_air:
             return Interruption(0.0, dropped / LISTENER_RATE)
         dropped += self._cutter.drop()
@@ -298,11 +303,21 @@ class LiveSession:
 
     async def _prepare(self) -> None:
         """Try the outputs, start the model and warm it up."""
-        await asyncio.gather(*(lane.open() for lane in self._lanes))
-        self._model = await self._open_model(self._reference)
-        self._spec = self._model.spec
-        self._cutter = LiveCutter(self._spec.samples_per_block, self._spec.lookahead_samples, self._spec.sample_rate)
-        await self._warm_up()
+        collecting = asyncio.create_task(self._collect(), name="collect")
+        try:
+            await asyncio.gather(*(lane.open() for lane in self._lanes))
+            self._model = await self._open_model(self._reference)
+            spec = self._spec = self._model.spec
+            self._cutter = LiveCutter(spec.samples_per_block, spec.lookahead_samples, spec.sample_rate)
+            await self._warm_up()
+        finally:
+            collecting.cancel()
+            await asyncio.gather(collecting, return_exceptions=True)  # an error of the source is raised to every reader
+
+    async def _collect(self) -> None:
+        """Sound that comes before the session is on air; once a second of it is ready made, the rest may wait."""
+        while not self._early.full and (chunk := await self._source.read()) is not None:
+            self._early.add(chunk.samples, self._clock())
 
     async def _warm_up(self) -> None:
         """Measure what a block takes, and say so when that is too long."""
@@ -363,16 +378,14 @@ class LiveSession:
 
     async def _listen(self) -> None:
         """Sound from the source into the cutter, as much as is soon needed."""
+        if self._settings.lead_s == 0 and self._early.in_real_time:
+            self._early.drop()  # said into a microphone before it was on air: kept, it would be delay for ever
         try:
+            for samples, came_s in self._early.take():
+                self._hear(samples, came_s)
             while (chunk := await self._source.read()) is not None:
-                if chunk.samples.size:
-                    self._cutter.push(chunk.samples, self._clock())
-                else:
-                    self._cutter.utterance_ended()
-                self._heard.set()
-                while self._cutter.pending_s >= PENDING_S:
-                    self._taken.clear()
-                    await self._taken.wait()
+                self._hear(chunk.samples, self._clock())
+                await self._have_room()
         except AvatardError as error:
             # What came before it is spoken first.
             log.warning("%s; no more sound comes from there", error)
@@ -380,6 +393,31 @@ class LiveSession:
         self._source_ended = True
         self._cutter.utterance_ended()
         self._heard.set()
+
+    def _hear(self, samples: NDArray[np.float32], came_s: float) -> None:
+        if samples.size:
+            self._cutter.push(samples, came_s)
+        else:
+            self._cutter.utterance_ended()
+        self._heard.set()
+
+    async def _have_room(self) -> None:
+        """While much is pending nothing is read, and who has more ready has to wait.
+
+        A voice that a network kept back, and then gave all at once, has no more. It is read as it comes again: read at
+        our pace, its clock would not be known, and a delay would grow.
+        """
+        if self._cutter.pending_s < PENDING_S:
+            self._most_pending_s = PENDING_S
+        full_s = self._clock()
+        while self._cutter.pending_s >= self._most_pending_s:
+            self._taken.clear()
+            await self._taken.wait()
+            if self._source.full:
+                full_s = self._clock()
+                self._cutter.source_waits()
+            elif self._clock() - full_s >= HOLD_S:
+                self._most_pending_s = self._cutter.pending_s + self._source.waiting_s + HOLD_S
 
     async def _watch(self, stop: asyncio.Event) -> None:
         await stop.wait()
@@ -596,6 +634,54 @@ class LiveSession:
 
     async def _in_encoder(self, work: Callable[..., list[Packet]], *arguments: object) -> list[Packet]:
         return await asyncio.get_running_loop().run_in_executor(self._encoder_thread, work, *arguments)
+
+
+class _EarlySound:
+    """What came before the session was on air, with the times at which it came; of a voice the newest second."""
+
+    PACE = 0.8  # of real time: whoever brings sound no faster is speaking it
+    UNSURE_S = 0.25  # of sound, which is too little to tell
+
+    def __init__(self) -> None:
+        self._chunks: deque[tuple[NDArray[np.float32], float]] = deque()
+        self._samples = 0
+        self._whole = False
+
+    @property
+    def seconds(self) -> float:
+        return self._samples / LISTENER_RATE
+
+    @property
+    def in_real_time(self) -> bool:
+        """It is being spoken, and goes on whether or not anybody listens; what is known to be whole was made for us."""
+        if self._whole or not self._chunks:
+            return False
+        (first, began_s), (_, latest_s) = self._chunks[0], self._chunks[-1]
+        since_s = (self._samples - first.size) / LISTENER_RATE
+        return since_s >= self.UNSURE_S and latest_s - began_s >= self.PACE * since_s
+
+    @property
+    def full(self) -> bool:
+        return self.seconds >= PENDING_S and not self.in_real_time
+
+    def add(self, samples: NDArray[np.float32], came_s: float) -> None:
+        """Sound, or the end of an utterance: no samples."""
+        self._chunks.append((samples, came_s))
+        self._samples += samples.size
+        self._whole = self._whole or not samples.size
+        while self.in_real_time and self._samples - self._chunks[0][0].size >= PENDING_S * LISTENER_RATE:
+            self._samples -= self._chunks.popleft()[0].size
+
+    def take(self) -> list[tuple[NDArray[np.float32], float]]:
+        """All of it, and forget it."""
+        chunks = list(self._chunks)
+        self._chunks.clear()
+        self._samples, self._whole = 0, False
+        return chunks
+
+    def drop(self) -> int:
+        """Forget it; gives how many samples that were."""
+        return sum(samples.size for samples, _ in self.take())
 
 
 class _Stopwatch:

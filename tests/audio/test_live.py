@@ -495,9 +495,23 @@ def test_a_store_of_sound_is_not_hurried_through():
     ratios = []
     for number in range(400):
         corrector.level(0.4)
+        corrector.forget_pace()
         ratios.append(len(corrector.push(noise(480 * MS), number * BLOCK_S)) / (480 * MS))
     assert min(ratios[1:]) > 1 - 1e-4
     assert max(ratios[1:]) < 1 + 1e-4
+
+
+def test_what_a_network_kept_back_is_made_good():
+    """A second in one piece, and then a voice in real time again: the second is not late for ever."""
+    live = LiveCutter(BLOCK * 3, AHEAD * 3, LISTENER_RATE)
+    arrives, levels = [1.5] * 50 + [1.5 + 0.02 * number for number in range(1, 30_000)], []
+    for number in range(1, int(600 / BLOCK_S)):
+        while arrives and arrives[0] <= number * BLOCK_S:
+            live.push(tone(960), arrives.pop(0))
+        live.cut(number * BLOCK_S)
+        levels.append(live.pending_s)
+    assert max(levels[:20]) > 0.9
+    assert np.abs(np.array(levels[-100:]) - 0.12).max() <= 0.04
 
 
 @settings(max_examples=8, deadline=None)

@@ -254,6 +254,73 @@ def test_a_voice_in_real_time_is_late_by_no_more_than_a_block_and_what_a_block_t
         assert 0 < click - said <= BLOCK_S + 0.36
 
 
+def said_before(folder: Path, sound: np.ndarray, pace: float) -> tuple[Mp4, list[float]]:
+    """A session to which sound is brought, in 20 ms, from the moment it is started; also how much waits, every second.
+
+    pace: 1 in real time, 2 twice as fast.
+    """
+    waiting: list[float] = []
+
+    async def run() -> OnAir:
+        air = OnAir(folder)
+
+        async def say() -> None:
+            for begin in range(0, len(sound), 960):
+                await air.source.push(AudioChunk(sound[begin : begin + 960], 48_000))
+                await asyncio.sleep(0.02 / pace)
+
+        saying = asyncio.create_task(say())
+
+        async def show(air: OnAir) -> None:
+            for second in range(1, 20):
+                await air.until(second)
+                waiting.append(air.session.status.waiting_s)
+
+        try:
+            await air.run(show)
+        finally:
+            saying.cancel()
+        return air
+
+    return read_mp4(run_virtual(run()).path), waiting
+
+
+def test_what_was_said_into_a_microphone_before_it_was_on_air_is_no_delay(tmp_path):
+    file, waiting = said_before(tmp_path, clicks_at(np.arange(0.1, 40.0, 0.4), 40.0, 48_000), pace=1)
+    assert max(waiting) < 0.8
+    assert file.clicks()[0] < 0.9
+    assert np.diff(file.clicks()) == pytest.approx(0.4, abs=0.003)
+
+
+@pytest.mark.parametrize("pace", [1000, 5, 1.5])
+def test_what_was_made_for_it_before_it_was_on_air_is_heard(tmp_path, pace):
+    said = np.arange(0.1, 6.0, 0.4)
+    file, _ = said_before(tmp_path, clicks_at(said, 6.0, 48_000), pace)
+    assert np.diff(file.clicks()) == pytest.approx(np.diff(said), abs=0.003)
+
+
+def test_a_voice_that_a_network_kept_back_is_read_as_it_comes_again(tmp_path):
+    """Three seconds of it come in one piece. Read at the pace of the programme it would have no clock, and stay late."""
+
+    async def show(air):
+        await air.until(2.0)
+        await air.say(voice(2.0), 0.02)
+        await asyncio.sleep(3.0)
+        await air.say(voice(3.0))
+        at, late = air.loop.time(), []
+        for piece in range(60 * 50):
+            await asyncio.sleep(at + piece / 50 - air.loop.time())
+            await air.source.push(AudioChunk(voice(0.02), 48_000))
+            if piece % 50 == 0:
+                late.append((air.source.waiting_s, air.session.status.waiting_s))
+        waited = np.array(late)
+        assert waited[10:, 0].max() < 0.05, "it waits to be read"
+        assert waited[10, 1] > 2
+        assert waited[-1, 1] < waited[10, 1] - 0.05
+
+    broadcast(tmp_path, show)
+
+
 def test_the_first_frames_of_a_block_are_not_kept_waiting_for_its_last(tmp_path):
     async def show(air):
         await air.until(2.2)
