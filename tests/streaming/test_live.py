@@ -300,7 +300,7 @@ def test_what_was_made_for_it_before_it_was_on_air_is_heard(tmp_path, pace):
 
 
 def test_a_voice_that_a_network_kept_back_is_read_as_it_comes_again(tmp_path):
-    """Three seconds of it come in one piece. Read at the pace of the programme it would have no clock, and stay late."""
+    """Three seconds of it come in one piece. Read at the pace of the programme it would have no clock and stay late."""
 
     async def show(air):
         await air.until(2.0)
