@@ -1,7 +1,7 @@
 """How fast the full-size model is on this machine, and how far its fast modes are from float32: docs/performance.md.
 
     python -m avatar.gpu_bench same   [--modes bf16+fused,float8+attention8+fused]
-    python -m avatar.gpu_bench plans  [--cases bf16,float8-24GiB] [--seconds 600]
+    python -m avatar.gpu_bench plans  [--cases bf16,float8-24GiB] [--seconds 600] [--ram 110GiB]
     python -m avatar.gpu_bench speed  [--modes bf16,float8+fused] [--size 704x384] [--merge] [--profile]
     python -m avatar.gpu_bench errors [--modes bf16,float8+fused] [--layers 8]
 
@@ -196,7 +196,7 @@ def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, A
         if i == 0:
             first = time.perf_counter()
     walls = []
-    held_bytes = torch.cuda.memory_allocated()
+    held_bytes, held_on_host = torch.cuda.memory_allocated(), host_bytes()
     memory |= {"steady": held_bytes, "warming": torch.cuda.max_memory_allocated()}
     torch.cuda.reset_peak_memory_stats()
     with stopwatch((model, "_advance"), (model.vae, "decode"), (model.speech, "features")) as times:
@@ -219,6 +219,8 @@ def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, A
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "memory_gib": {name: round(value / 2**30, 2) for name, value in memory.items()},
         "growth_mb": round((torch.cuda.memory_allocated() - held_bytes) / 1e6, 2),
+        "host_growth_mb": round((host_bytes() - held_on_host) / 1e6, 2),
+        "blocks": blocks,
     }
     if profiled:
         result |= profile(lambda: model.step(state, sound(warmup + blocks, model.spec.lookahead_samples)))
@@ -326,19 +328,23 @@ def host_bytes() -> int:
         return int(file.read().split()[1]) * 4096
 
 
-def planned_case(name: str, seconds: float) -> dict[str, Any]:
+def planned_case(name: str, seconds: float, ram: str = "") -> dict[str, Any]:
     """The case as `avatar.place` would run it: what it planned, and what happened."""
     case, began = CASES[name], time.perf_counter()
     device = torch.device("cuda", 0)
     with Usage() as usage:
         options, places = choose(
-            Options.from_settings(case.options), Wish(**case.wish), device, any_schedule="schedule" not in case.options
+            Options.from_settings(case.options),
+            Wish(**case.wish, ram=ram),
+            device,
+            any_schedule="schedule" not in case.options,
         )
         model = random_live_avatar(options, device=device, places=places)
         torch.cuda.synchronize()
         load_s = time.perf_counter() - began
         result = speed(model, max(6, round(seconds / 0.48)))
     plan = places.placement
+    planned = max(plan.devices[0].peak_bytes, plan.devices[0].start_peak_bytes)
     peak = usage.device
     return {
         "mode": plan.mode,
@@ -347,9 +353,9 @@ def planned_case(name: str, seconds: float) -> dict[str, Any]:
         "goal_fps": case.goal,
         "plan_fps": round(plan.fps, 2),
         "plan_fps_over_measured": round(plan.fps / result["fps"], 3),
-        "plan_peak_gib": round(max(plan.devices[0].peak_bytes, plan.devices[0].start_peak_bytes) / 2**30, 2),
+        "plan_peak_gib": round(planned / 2**30, 2),
         "peak_gib": round(peak / 2**30, 2),
-        "plan_peak_over_measured": round(plan.devices[0].peak_bytes / peak, 3),
+        "plan_peak_over_measured": round(planned / peak, 3),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "used_before_gib": round(usage.before / 2**30, 2),
         "host_peak_gib": round(usage.host / 2**30, 2),
@@ -483,6 +489,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("what", choices=["speed", "errors", "same", "plans", "plan"])
     parser.add_argument("--cases", default=",".join(CASES), help="of: " + ", ".join(CASES))
     parser.add_argument("--seconds", type=float, default=0.0, help="of video that a plan's case makes, at least")
+    parser.add_argument("--ram", default="", help="the most of the host's memory that plans may take, as 110GiB")
     parser.add_argument("--modes", default="bf16,bf16+fused+vae+audio,float8+fused+vae+audio")
     parser.add_argument("--size", default="704x384")
     parser.add_argument("--steps", type=int, default=4)
@@ -496,7 +503,7 @@ def main(arguments: list[str]) -> None:
     width, height = map(int, chosen.size.split("x"))
     options = Options(width=width, height=height, steps=chosen.steps, merge_last_step=chosen.merge)
     if chosen.what == "plan":
-        print(json.dumps({"case": chosen.cases, **planned_case(chosen.cases, chosen.seconds)}), flush=True)
+        print(json.dumps({"case": chosen.cases, **planned_case(chosen.cases, chosen.seconds, chosen.ram)}), flush=True)
         return
     if chosen.what == "same":
         with torch.no_grad():
@@ -506,7 +513,7 @@ def main(arguments: list[str]) -> None:
         for name in chosen.cases.split(","):
             # A process each: what one leaves behind, in memory and in caches, is nothing to the next.
             command = [sys.executable, "-m", "avatar.gpu_bench", "plan", "--cases", name]
-            subprocess.run([*command, "--seconds", str(chosen.seconds)], check=False)
+            subprocess.run([*command, "--seconds", str(chosen.seconds), "--ram", chosen.ram], check=False)
         return
     modes = chosen.modes.split(",")
     case = {"size": chosen.size, "steps": chosen.steps - chosen.merge}

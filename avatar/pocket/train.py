@@ -355,10 +355,10 @@ def store(weights: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path)
 
 
-def lay_halfway(path: Path, earlier: Path) -> None:
-    """Put the mean of the weights in two files into the first: runs from one beginning err differently."""
-    ours, theirs = load_file(path), load_file(earlier)
-    store({name: (weight.float() + theirs[name].float()) / 2 for name, weight in ours.items()}, path)
+def lay_mean(path: Path, *others: Path) -> None:
+    """Put the mean of the weights in all these files into the first: runs from one beginning err differently."""
+    runs = [load_file(each) for each in (path, *others)]
+    store({name: torch.stack([run[name].float() for run in runs]).mean(0) for name in runs[0]}, path)
 
 
 def recall(module: nn.Module, path: Path) -> nn.Module:
@@ -409,9 +409,11 @@ class Workshop:
     """On time.monotonic(): save and leave the stage for another run."""
     further: bool = False
     """Start from the stage's result in `out`, not from nothing."""
+    seed: int = 0
+    """Runs with other seeds see other people and other noise."""
 
     def rng(self, seed: int) -> torch.Generator:
-        return torch.Generator(device=self.where).manual_seed(seed)
+        return torch.Generator(device=self.where).manual_seed(seed + 1_000 * self.seed)
 
     def half(self) -> torch.autocast:
         return torch.autocast(self.where.type, dtype=torch.bfloat16)
@@ -1037,8 +1039,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, action="append", required=True, help="budget, one for each --stage")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds; then save and exit")
     parser.add_argument("--further", action="store_true", help="start from the stage's earlier result in --out")
+    parser.add_argument("--seed", type=int, default=0, help="of the people and the noise that are seen")
     parser.add_argument(
-        "--mean-with", type=Path, metavar="FOLDER", help="at the end, the transformer is the mean of it and of FOLDER's"
+        "--mean-with",
+        type=Path,
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        help="at the end, the transformer is the mean of it and of FOLDER's; may be given again",
     )
     given = parser.parse_args()
     stop_at = time.monotonic() + given.stop_after
@@ -1050,9 +1058,9 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     for stage, seconds in zip(given.stage, given.seconds, strict=True):
-        STAGES[stage](Workshop(given.data, given.out, seconds, where, stop_at, given.further))
-    if given.mean_with is not None:
-        lay_halfway(given.out / "dit.safetensors", given.mean_with / "dit.safetensors")
+        STAGES[stage](Workshop(given.data, given.out, seconds, where, stop_at, given.further, given.seed))
+    if given.mean_with:
+        lay_mean(given.out / "dit.safetensors", *(folder / "dit.safetensors" for folder in given.mean_with))
 
 
 if __name__ == "__main__":

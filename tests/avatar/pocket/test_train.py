@@ -118,10 +118,10 @@ def test_the_transformer_trains_and_goes_on(shop, stage, results):
     step_and_go_on(shop, stage, results)
 
 
-def test_halfway_is_the_mean_of_two_runs(tmp_path):
-    for name, value in ("a", 1.0), ("b", 2.0):
+def test_the_mean_of_runs_is_that_of_their_weights(tmp_path):
+    for name, value in ("a", 1.0), ("b", 2.0), ("c", 1.5):
         train.store({"weight": torch.full((2, 3), value), "bias": torch.tensor([value, -value])}, tmp_path / name)
-    train.lay_halfway(tmp_path / "a", tmp_path / "b")
+    train.lay_mean(tmp_path / "a", tmp_path / "b", tmp_path / "c")
     mean = load_file(tmp_path / "a")
     assert (mean["weight"] == 1.5).all()
     assert mean["bias"].tolist() == [1.5, -1.5]
