@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import platform
 import statistics
 import subprocess
@@ -498,6 +499,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--profile", action="store_true")
     chosen = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not torch.cuda.is_available():
         raise AvatardError(f"no GPU to measure: this torch ({torch.__version__}) sees none")
     width, height = map(int, chosen.size.split("x"))

@@ -144,9 +144,12 @@ def _refuse_unknown(family: str, options: Mapping[str, Any], known: set[str], er
 
 
 def _device() -> torch.device:
-    """The accelerator of this machine, or its CPU."""
+    """The accelerator of this machine, with its number, or its CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    return found if found is not None else torch.empty(0).device
+    if found is None:
+        return torch.empty(0).device
+    # Without a number some of torch takes it, and some does not: the allocator's limit wants one.
+    return torch.device(found.type, torch.accelerator.current_device_index())
 
 
 def thread_count(live: bool = False) -> int:

@@ -468,7 +468,10 @@ def stream_rings(
 
 
 def bring_for(owner: Any, name: str, modules: Sequence[nn.Module], device: torch.device) -> None:
-    """Let modules live on the host and come to the device for each call of that method, in place."""
+    """Let modules live on the host and come to the device for each call of that method, in place.
+
+    Tensors that it is given come along: who looks at the modules to see where they belong finds the host.
+    """
     slab = _Slab(modules, link_to(device))
     at_home = slab.views(slab.memory)
     slab.point_to(at_home)
@@ -477,7 +480,7 @@ def bring_for(owner: Any, name: str, modules: Sequence[nn.Module], device: torch
     def brought(*arguments: Any, **options: Any) -> Any:
         slab.point_to(slab.views(slab.memory.to(device, non_blocking=True)))
         try:
-            return written(*arguments, **options)
+            return written(*(x.to(device) if isinstance(x, Tensor) else x for x in arguments), **options)
         finally:
             slab.point_to(at_home)
 

@@ -48,6 +48,12 @@ MARGIN_S = 0.02
 PENDING_S = 1.0
 """Sound in the cutter after which no more is read: who pushes has to wait, and a pipe fills."""
 
+EARLY_S = 120.0
+"""Of sound that is ready made, read before a session is on air."""
+
+EARLY_PACE_S = 1.0
+"""Over which the pace of early sound is judged."""
+
 HOLD_S = 1.0
 """A source that still has room after not being read for so long brings no more than a voice says: all of it is read."""
 
@@ -315,8 +321,8 @@ class LiveSession:
             await asyncio.gather(collecting, return_exceptions=True)  # an error of the source is raised to every reader
 
     async def _collect(self) -> None:
-        """Sound that comes before the session is on air; once a second of it is ready made, the rest may wait."""
-        while not self._early.full and (chunk := await self._source.read()) is not None:
+        """Sound that comes before the session is on air; once enough of it is ready made, the rest may wait."""
+        while not self._early.full(self._clock()) and (chunk := await self._source.read()) is not None:
             self._early.add(chunk.samples, self._clock())
 
     async def _warm_up(self) -> None:
@@ -378,7 +384,7 @@ class LiveSession:
 
     async def _listen(self) -> None:
         """Sound from the source into the cutter, as much as is soon needed."""
-        if self._settings.lead_s == 0 and self._early.in_real_time:
+        if self._settings.lead_s == 0 and self._early.spoken(self._clock()):
             self._early.drop()  # said into a microphone before it was on air: kept, it would be delay for ever
         try:
             for samples, came_s in self._early.take():
@@ -637,46 +643,62 @@ class LiveSession:
 
 
 class _EarlySound:
-    """What came before the session was on air, with the times at which it came; of a voice the newest second."""
+    """What came before the session was on air, with the times at which it came; of a voice the newest second.
 
-    PACE = 0.8  # of real time: whoever brings sound no faster is speaking it
-    UNSURE_S = 0.25  # of sound, which is too little to tell
+    A voice is what came in the last second at the pace at which it is spoken, whatever had gathered in a pipe before;
+    it goes on whether or not anybody listens. What is known to be whole was made for us, and so was what came faster.
+    """
+
+    PACE = 0.8, 1.25  # of real time
+    LEAST_S = 0.3  # less is too little to tell
 
     def __init__(self) -> None:
         self._chunks: deque[tuple[NDArray[np.float32], float]] = deque()
-        self._samples = 0
+        self._recent: deque[tuple[int, float]] = deque()
+        self._samples = self._recent_samples = 0
         self._whole = False
 
     @property
     def seconds(self) -> float:
         return self._samples / LISTENER_RATE
 
-    @property
-    def in_real_time(self) -> bool:
-        """It is being spoken, and goes on whether or not anybody listens; what is known to be whole was made for us."""
-        if self._whole or not self._chunks:
-            return False
-        (first, began_s), (_, latest_s) = self._chunks[0], self._chunks[-1]
-        since_s = (self._samples - first.size) / LISTENER_RATE
-        return since_s >= self.UNSURE_S and latest_s - began_s >= self.PACE * since_s
+    def full(self, now_s: float) -> bool:
+        """So much is ready made, and more of it comes, that the rest may wait."""
+        since_s, came_s = self._recently(now_s)
+        return self.seconds >= EARLY_S and came_s > self.PACE[1] * since_s
 
-    @property
-    def full(self) -> bool:
-        return self.seconds >= PENDING_S and not self.in_real_time
+    def spoken(self, now_s: float) -> bool:
+        """Whether it is a voice."""
+        since_s, came_s = self._recently(now_s)
+        slowest, fastest = self.PACE
+        return not self._whole and since_s >= self.LEAST_S and slowest * since_s <= came_s <= fastest * since_s
+
+    def _recently(self, now_s: float) -> tuple[float, float]:
+        """How long ago the first came that came in the last second, and how much came after it, in seconds."""
+        while self._recent and self._recent[0][1] <= now_s - EARLY_PACE_S:
+            self._recent_samples -= self._recent.popleft()[0]
+        if not self._recent:
+            return 0.0, 0.0
+        samples, first_s = self._recent[0]
+        return now_s - first_s, (self._recent_samples - samples) / LISTENER_RATE
 
     def add(self, samples: NDArray[np.float32], came_s: float) -> None:
         """Sound, or the end of an utterance: no samples."""
         self._chunks.append((samples, came_s))
+        self._recent.append((samples.size, came_s))
         self._samples += samples.size
+        self._recent_samples += samples.size
         self._whole = self._whole or not samples.size
-        while self.in_real_time and self._samples - self._chunks[0][0].size >= PENDING_S * LISTENER_RATE:
+        while self.spoken(came_s) and self._chunks[0][1] <= came_s - EARLY_PACE_S:
             self._samples -= self._chunks.popleft()[0].size
 
     def take(self) -> list[tuple[NDArray[np.float32], float]]:
         """All of it, and forget it."""
         chunks = list(self._chunks)
         self._chunks.clear()
-        self._samples, self._whole = 0, False
+        self._recent.clear()
+        self._samples = self._recent_samples = 0
+        self._whole = False
         return chunks
 
     def drop(self) -> int:

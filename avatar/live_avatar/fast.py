@@ -6,9 +6,10 @@ are in docs/performance.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,10 @@ from avatar.live_avatar.dit import Block, CausalDiT
 from avatar.live_avatar.generator import LATENTS_PER_BLOCK, LiveAvatar
 from avatar.live_avatar.vae import WanVae, decode_onward
 from avatar.quantize import join, quantize_linears
+
+log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 
 def use_float8(dit: CausalDiT) -> int:
@@ -79,28 +84,35 @@ def compile_vae(
             inputs = _channels_last_view(latents), [_channels_last_view(x) for x in memory]
             if room is None or latents.shape in tried:
                 return compiled(decoder, *inputs)
-            # The memory may be copied into this layout; from then on it has it.
-            with _at_most(room(latents.shape[2]) + sum(x.nbytes for x in memory), latents.device):
-                made = compiled(decoder, *inputs)
+            made = _in_little_room(partial(compiled, decoder, *inputs), room(latents.shape[2]), latents.device)
             tried.add(tuple(latents.shape))
             return made
 
-    vae.onward = onward
+    vae.onward, vae.layout = onward, _channels_last_view
 
 
-@contextmanager
-def _at_most(bytes_: int, device: torch.device) -> Iterator[None]:
-    """No more than that beside what is in use. cuDNN tries its kernels at their first call, with all it can get: one
-    that wants 10 GiB is a few per cent faster than one that wants two."""
+def _in_little_room(call: Callable[[], Made], bytes_: int, device: torch.device) -> Made:
+    """Do it with no more than that beside what is in use; a quarter more each time that this is too little.
+
+    cuDNN tries its kernels at their first call, with all it can get: one that wants 10 GiB is a few per cent faster
+    than one that wants two.
+    Raises: torch.OutOfMemoryError: all that the process may have is too little.
+    """
     before = torch.cuda.get_per_process_memory_fraction(device)
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.empty_cache()
-    limit = (torch.cuda.memory_reserved(device) + bytes_) / total
-    torch.cuda.set_per_process_memory_fraction(min(before, limit), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+    while True:
+        torch.cuda.empty_cache()
+        limit = (torch.cuda.memory_reserved(device) + bytes_) / total
+        torch.cuda.set_per_process_memory_fraction(min(before, limit), device)
+        try:
+            return call()
+        except torch.OutOfMemoryError:
+            if limit >= before:
+                raise
+            log.info("decoding: %.1f GiB are too little to work in; tries with more", bytes_ / 2**30)
+            bytes_ = bytes_ * 5 // 4
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def _channels_last_view(x: Tensor) -> Tensor:

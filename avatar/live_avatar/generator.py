@@ -459,6 +459,8 @@ class LiveAvatar:
         # A stream begins as a video of the still picture begins; a clip goes on where such a video has come to rest.
         count = options.prime_latents
         primer = motion[:, :, :count] if options.decoding is Decoding.STREAM else motion[:, :, -count:]
+        # Before the conditioning is there: nothing at the beginning of a stream works in as much memory.
+        decoder = prime(self.vae, primer)
         text = self.dit.encode_text(self.prompts.embed(reference.prompt)[None].to(self.device))
         conditioning = self.dit.prefill(latent, motion, text)
         ring_frames = LATENTS_PER_BLOCK * options.ring_blocks
@@ -472,7 +474,7 @@ class LiveAvatar:
             conditioning=conditioning,
             caches=[self.dit.new_cache(conditioning, ring_frames) for _ in range(self.options.passes)],
             motion=motion[:, :, -MOTION_FRAMES:].clone(),
-            vae=prime(self.vae, primer),
+            vae=decoder,
             speech=self.speech.init_state(),
             still=still,
         )

@@ -66,12 +66,14 @@ class WanVae(nn.Module):
     latent_mean: Tensor
     latent_inverse_std: Tensor
     onward: Callable[..., tuple[Tensor, list[Tensor]]]
+    layout: Callable[[Tensor], Tensor]
+    """Of the memory, as `onward` wants it."""
 
     def __init__(self, model: AutoencoderKLWan, *, bf16_constants: bool = False) -> None:
         super().__init__()
         self.model = model
         self.latents_per_call = 1
-        self.onward = decode_onward
+        self.onward, self.layout = decode_onward, lambda frames: frames
         mean, std = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
         inverse = 1 / std
         if bf16_constants:
@@ -143,7 +145,24 @@ class WanVae(nn.Module):
     def _settle(self, state: VaeState) -> None:
         state.started = True
         # Under autocast the inputs of residual convolutions are float32, and the convolution rounds them anyway.
-        state.cache[:] = [slot.to(self.dtype) if isinstance(slot, Tensor) else slot for slot in state.cache]
+        for i, slot in enumerate(state.cache):
+            if isinstance(slot, Tensor):
+                state.cache[i] = self.layout(slot.to(self.dtype))
+
+
+@torch.library.custom_op("avatard::last_frames", mutates_args=())
+def last_frames(x: Tensor) -> Tensor:
+    """A copy of the last two frames of x [B, C, T, H, W].
+
+    A compiler that knew what it does would give a view of x, and x would live as long: at 704x384 the memory of a
+    stream took 3.3 GiB in place of 1.2, and the decoder 3.8 to work in in place of 2.1.
+    """
+    return x[:, :, -2:].clone()
+
+
+@last_frames.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x[:, :, -2:])
 
 
 def decode_onward(decoder: nn.Module, latents: Tensor, memory: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -160,7 +179,7 @@ def decode_onward(decoder: nn.Module, latents: Tensor, memory: Sequence[Tensor])
 
     def causal(conv: nn.Conv3d, x: Tensor) -> Tensor:
         x = torch.cat([next(past), x], dim=2)
-        kept.append(x[:, :, -2:].clone())
+        kept.append(last_frames(x))
         _, height, width = conv.kernel_size
         return F.conv3d(x, conv.weight, conv.bias, padding=(0, height // 2, width // 2))
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from avatar.cache import Conditioning
 from avatar.live_avatar.dit import CausalDiT, DiTConfig
 from avatar.live_avatar.fast import use_float8, use_float8_attention
-from avatar.offload import stream_layers, stream_rings
+from avatar.offload import bring_for, stream_layers, stream_rings
 from avatar.quantize import join
 from avatar.sampling import Flight, advance, sigmas, step_modulations
 
@@ -195,3 +195,13 @@ def test_after_a_pass_was_broken_off_the_next_one_is_right(expected):
     dit.blocks[3]
     for ours, theirs in zip(speak(dit, 5, wavefront=False), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_what_comes_for_a_call_finds_there_what_it_is_given(monkeypatch):
+    """Who calls looks at the weights to see where they are, which is the host."""
+    layer, brought = nn.Linear(3, 2), []
+    bring_for(layer, "forward", [layer], CPU)
+    to = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda x, *where, **how: brought.append((x.shape, where)) or to(x, *where, **how))
+    layer.forward(torch.zeros(1, 3))
+    assert ((1, 3), (CPU,)) in brought

@@ -176,7 +176,7 @@ def test_memory_that_runs_out_while_a_picture_is_decoded_costs_no_frame(resident
 
 def test_where_nothing_more_can_leave_that_is_an_error_of_one_line():
     model, places = made(placed())
-    places.placement = plan(DEMAND, [find_card("h200")], ROOMY, Target(live=False, vram_bytes=int(11.7 * GIB)))
+    places.placement = plan(DEMAND, [find_card("h200")], ROOMY, Target(live=False, vram_bytes=int(10.6 * GIB)))
     run_out(model, at_pass=1, at_layer=1)
     with pytest.raises(
         DoesNotFit, match=r"^steps: CUDA out of memory.*; nothing more can leave the device: "

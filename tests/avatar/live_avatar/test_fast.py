@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from audio.chunk import AudioBlock
 from avatar.live_avatar import fast
 from avatar.live_avatar.dit import DiTConfig
 from avatar.live_avatar.generator import Options, random_live_avatar
+from avatar.live_avatar.vae import prime
 from avatar.model import Reference
 from avatar.quantize import Float8Linear
 
@@ -66,6 +69,40 @@ def test_the_decoder_is_a_graph_for_one_latent_and_one_for_a_block(graphs, plain
     compiled = run(lambda model: fast.compile_vae(model.vae))
     assert graphs.frame_count == 2  # one latent, as for priming and for pieces, and a block of them
     assert furthest(compiled, plain) < 1e-5
+
+
+def test_a_compiled_decoder_keeps_no_more_than_its_memory():
+    """A compiler left to itself hands out views of what it worked in, and that would live as long."""
+    model = random_live_avatar(OPTIONS, CONFIG, vae_width=4, speech_layers=1)
+    fast.compile_vae(model.vae)
+    with torch.no_grad():
+        state = prime(model.vae, torch.zeros(1, 16, 4, 4, 4))
+        model.vae.decode(torch.zeros(1, 16, 1, 4, 4), state)
+    memory = [slot for slot in state.cache if slot is not None]
+    assert sum(slot.untyped_storage().nbytes() for slot in memory) == sum(slot.nbytes for slot in memory)
+
+
+def test_where_the_room_is_too_little_it_gets_more_and_no_more_than_there_is(monkeypatch):
+    given, total = [0.5], 100 << 30
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: given[-1])
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: given.append(share))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 << 30)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+
+    def wants(share):
+        def call():
+            if given[-1] < share:
+                raise torch.OutOfMemoryError
+            return given[-1]
+
+        return lambda: fast._in_little_room(call, 10 << 30, torch.device("cuda", 0))
+
+    assert wants(0.2)() == pytest.approx(0.2)
+    assert wants(0.25)() == pytest.approx(0.1 + 0.1 * 1.25**2)
+    with pytest.raises(torch.OutOfMemoryError):
+        wants(0.6)()
+    assert given[-1] == 0.5
 
 
 def test_eight_bit_products_stay_near(plain):
