@@ -649,7 +649,9 @@ def seams(all_found: Sequence[Measured], std: Tensor, frames_per_block: int) -> 
         each = [seam_ratio(change, frames_per_block) for change in made]
         pooled = seam_ratio(torch.cat(made), frames_per_block)
         truth_ratio = seam_ratio(torch.cat(drawn), frames_per_block)
-        figures.append(Figure(group, name, pooled, each, truth_ratio, "<= 1.2", pooled <= 1.2, digits=2))
+        margin = 1.96 * float(np.std(each, ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else None
+        met = pooled <= 1.2
+        figures.append(Figure(group, name, pooled, each, truth_ratio, "<= 1.2", met, margin, digits=2))
     # what the autoencoder adds: a latent is four frames, and three of them are a block
     each, pooled, truth_ratio = (
         [_latent_seams(found.change, frames_per_block) for found in all_found],
@@ -764,11 +766,16 @@ def details(all_found: Sequence[Measured], std: Tensor, frames_per_block: int) -
 # --------------------------------------------------------------------------- showing
 
 
+SHOWN = 4
+"""Presenters that have a column and a row in the plate; of more, the table shows the lowest and the highest."""
+
+
 def table(figures: Sequence[Figure], title: str) -> Table:
     shown = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     presenters = len(figures[0].each)
+    alone = [str(i + 1) for i in range(presenters)] if presenters <= SHOWN else ["lowest", "highest"]
     shown.add_column("", no_wrap=True)
-    for name in ("goal", "met", "mean", "drawn", *(str(i + 1) for i in range(presenters))):
+    for name in ("goal", "met", "mean", "drawn", *alone):
         shown.add_column(name, justify="right", no_wrap=True)
     group = ""
     for figure in figures:
@@ -785,9 +792,15 @@ def table(figures: Sequence[Figure], title: str) -> Table:
             {None: "", True: "yes", False: "[bold red]no[/bold red]"}[figure.met],
             value,
             "" if figure.drawn is None else _number(figure.drawn, figure.digits),
-            *(_number(v, figure.digits) for v in figure.each),
+            *(_number(v, figure.digits) for v in _alone(figure.each)),
         )
     return shown
+
+
+def _alone(each: Sequence[float]) -> Sequence[float]:
+    """Each presenter's, or the lowest and the highest of many."""
+    known = [value for value in each if not math.isnan(value)] or [math.nan]
+    return each if len(each) <= SHOWN else (min(known), max(known))
 
 
 def _number(value: float, digits: int) -> str:
@@ -803,14 +816,15 @@ def _plain(tree: Any) -> Any:
     return None if isinstance(tree, float) and math.isnan(tree) else tree
 
 
-TABLE_WIDTH = 100
-"""Of the table without its presenters, in characters: rows stay whole, whatever a terminal or a pipe says of itself."""
+TABLE_WIDTH = 140
+"""In characters: rows stay whole, whatever a terminal or a pipe says of itself."""
 CELL = 132
 """Side of one little picture in the plate, pixels."""
 
 
 def plate(all_found: Sequence[Measured]) -> Image.Image:
-    """Rows: presenters, truth above generated. Columns: the reference, whole frames, mouths close up."""
+    """Rows: the first presenters, truth above generated. Columns: the reference, whole frames, mouths close up."""
+    all_found = all_found[:SHOWN]
     gap, head = 4, 18
     columns = 1 + max(len(found.shots) for found in all_found)
     tall = 2 * CELL + head + 3 * gap
@@ -860,7 +874,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str]) -> Options:
     """Raises: EvaluationError: an option is unknown, or a value out of range."""
     parser = _Parser(prog="avatard bench quality", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--presenters", type=int, help="unseen presenters; default 4, with --long 2")
+    parser.add_argument("--presenters", type=int, help="unseen presenters; default 12, with --long 2")
     parser.add_argument("--seconds", type=float, help="of speech for each; default 60")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's")
     parser.add_argument("--seed", type=int, default=4242, help="of presenters, speech and motion; default 4242")
@@ -870,9 +884,9 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--long", action="store_true", help="ten minutes for each presenter: does it drift?")
     given = parser.parse_args(list(arguments))
     seconds = given.seconds if given.seconds is not None else LONG_S if given.long else 60.0
-    presenters = given.presenters if given.presenters is not None else 2 if given.long else 4
-    if not 1 <= presenters <= 32:
-        raise EvaluationError(f"--presenters {presenters}: must be 1 to 32")
+    presenters = given.presenters if given.presenters is not None else 2 if given.long else 12
+    if not 1 <= presenters <= 64:
+        raise EvaluationError(f"--presenters {presenters}: must be 1 to 64")
     if not 3 <= seconds <= 36_000:
         raise EvaluationError(f"--seconds {seconds:g}: must be 3 to 36000")
     return Options(presenters, seconds, given.steps, given.seed, given.speech, given.out, given.json, given.long)
@@ -960,6 +974,6 @@ def main(arguments: list[str]) -> None:
         return
     steps = "" if options.steps is None else f", {options.steps} steps"
     title = f"{options.presenters} unseen presenters, {options.seconds:g} s of unseen speech each{steps}"
-    console = Console(width=TABLE_WIDTH + 10 * options.presenters)
+    console = Console(width=TABLE_WIDTH)
     console.print(table(figures, title))
     console.print(f"{out / 'quality.png'}  {out / 'quality.json'}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from audio.chunk import AudioBlock
@@ -20,6 +22,7 @@ from avatar.model import FrameBlock, Part, Reference, StreamSpec
 from avatar.pocket import evaluate
 from avatar.pocket.evaluate import (
     EvaluationError,
+    Figure,
     Measured,
     Task,
     best_lag,
@@ -36,6 +39,7 @@ from avatar.pocket.evaluate import (
     seam_ratio,
     slope,
     student_quantile,
+    table,
     with_silence,
 )
 from avatar.pocket.motion import MotionState, init_motion, next_drive, speech_energy
@@ -305,6 +309,15 @@ def test_the_command_writes_table_numbers_and_picture(
     assert (tmp_path / "out" / "quality.png").stat().st_size > 10_000
 
 
+def test_of_many_presenters_the_lowest_and_the_highest_are_shown():
+    figures = [Figure("seams", "pose", 1.5, [1.0, math.nan, 2.0, 1.4, 1.6], 1.1, margin=0.25, digits=2)]
+    console = Console(width=120, file=io.StringIO())
+    console.print(table(figures, "five"))
+    rows = console.file.getvalue().splitlines()
+    assert [row.split()[-3:] for row in rows if "pose" in row] == [["1.10", "1.00", "2.00"]]
+    assert "1.50 ± 0.25" in console.file.getvalue()
+
+
 # --------------------------------------------------------------------------- the embedded model itself
 
 
@@ -324,7 +337,7 @@ def test_the_embedded_model_is_measured(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--presenters", "0"], "--presenters 0: must be 1 to 32"),
+        (["--presenters", "0"], "--presenters 0: must be 1 to 64"),
         (["--seconds", "1"], "--seconds 1: must be 3 to 36000"),
         (["--presentrs", "3"], "unrecognized arguments: --presentrs 3"),
         (["--seconds", "long"], "invalid float value: 'long'"),
