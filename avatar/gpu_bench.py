@@ -190,8 +190,7 @@ def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, A
     torch.cuda.synchronize()
     started = time.perf_counter()
     memory |= {"started": torch.cuda.memory_allocated(), "starting": torch.cuda.max_memory_allocated()}
-    # Until the rings are full, and the window of the speech encoder.
-    warmup = max(model.options.ring_blocks, model.speech.past_samples // SAMPLES) + model.options.passes
+    warmup = model.spec.settled_after
     for i in range(warmup):
         model.step(state, sound(i, model.spec.lookahead_samples))
         if i == 0:

@@ -28,6 +28,7 @@ class StreamSpec:
 
     lookahead_samples is how much sound after a block's end the model wants to hear before it makes the block; it
     arrives in `AudioBlock.ahead`. Frame i of the stream is shown at i / fps seconds of sound, whatever the lookahead.
+    After the first settled_after blocks, which fill windows and caches, each takes as long as any later one.
     """
 
     width: int
@@ -36,6 +37,7 @@ class StreamSpec:
     frames_per_block: int = 12
     sample_rate: int = 16_000
     lookahead_samples: int = 0
+    settled_after: int = 2
 
     def __post_init__(self) -> None:
         if self.sample_rate % self.fps:

@@ -38,8 +38,8 @@ from streaming.pacing import Pacer
 
 log = logging.getLogger(__name__)
 
-WARM_UP_BLOCKS = 5
-"""Blocks of silence made before going on air; the first two pay for caches and lazy set-up and are not measured."""
+MEASURED_BLOCKS = 3
+"""Blocks of silence made before going on air, after those with which a model settles, to know what a block takes."""
 
 RECENT_STEPS = 20
 MARGIN_S = 0.02
@@ -328,7 +328,7 @@ class LiveSession:
     async def _warm_up(self) -> None:
         """Measure what a block takes, and say so when that is too long."""
         spec = self._spec
-        for number in range(WARM_UP_BLOCKS):
+        for number in range(spec.settled_after + MEASURED_BLOCKS):
             silence = AudioBlock(
                 np.zeros(spec.samples_per_block, np.float32),
                 self._model.blocks * spec.samples_per_block,
@@ -338,7 +338,7 @@ class LiveSession:
             watch = _Stopwatch(self._clock, spec)
             for made in await self._model.step(silence, watch.frames_came):
                 self._picture = made.frames[-1]
-            if number >= 2:
+            if number >= spec.settled_after:
                 self._note_step(watch)
         typical = _quantile(self._steps, 0.5)
         if typical > spec.block_seconds:

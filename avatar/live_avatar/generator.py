@@ -371,6 +371,10 @@ class LiveAvatar:
             frames_per_block=FRAMES_PER_BLOCK,
             lookahead_samples=speech.lookahead_samples,
         )
+        # Until its window is full the speech encoder has another shape for each block, and no graph.
+        window = math.ceil(speech.past_samples / self.spec.samples_per_block)
+        settled = max(self.options.ring_blocks, window) + self.options.passes
+        self.spec = replace(self.spec, settled_after=settled)
 
     # What it takes.
 
