@@ -48,8 +48,8 @@ MARGIN_S = 0.02
 PENDING_S = 1.0
 """Sound in the cutter after which no more is read: who pushes has to wait, and a pipe fills."""
 
-EARLY_S = 120.0
-"""Of sound that is ready made, read before a session is on air."""
+EARLY_S = 8.0
+"""Of sound that is ready made, read before a session is on air, beside what lay there; a pipe holds four of a voice."""
 
 EARLY_PACE_S = 1.0
 """Over which the pace of early sound is judged."""
@@ -665,7 +665,8 @@ class _EarlySound:
     def full(self, now_s: float) -> bool:
         """So much is ready made, and more of it comes, that the rest may wait."""
         since_s, came_s = self._recently(now_s)
-        return self.seconds >= EARLY_S and came_s > self.PACE[1] * since_s
+        lay = self._chunks[0][0].size if self._chunks else 0
+        return self._samples - lay >= EARLY_S * LISTENER_RATE and came_s > self.PACE[1] * since_s
 
     def spoken(self, now_s: float) -> bool:
         """Whether it is a voice."""
