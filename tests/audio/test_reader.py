@@ -25,6 +25,7 @@ import pytest
 import soundfile
 from waiting import until_async
 
+from audio.chunk import AudioChunk
 from audio.decode import AudioError, PcmDecoder, PcmFormat
 from audio.reader import Reader, open_live
 from audio.source import PushSource
@@ -608,3 +609,25 @@ async def test_many_flaps_leave_no_thread_and_no_descriptor(web, tmp_path):
 def test_a_reader_names_its_source_without_secrets():
     reader: Reader = open_live("rtmp://user:word@host/live/KEY?a=b", None, PushSource(RATE))
     assert reader.name == "rtmp://***@host/live/***?***"
+
+
+async def test_of_a_broadcast_that_goes_on_without_us_the_newest_is_kept():
+    """Who waited for room would be late by what gathered meanwhile, for ever."""
+
+    async def hour() -> AsyncIterator[AudioChunk | None]:
+        for second in range(3600):
+            yield AudioChunk(np.full(10, second / 3600, np.float32), RATE)
+
+    source = PushSource(RATE, ahead_s=50 / RATE)
+    async with asyncio.timeout(10):
+        await Reader("a broadcast", hour, source, newest=True).run()
+        kept = await source.read()
+    assert kept is not None
+    assert kept.samples == pytest.approx(np.repeat(np.arange(3595, 3600) / 3600, 10))
+
+
+@pytest.mark.parametrize(
+    ("target", "newest"), [("rtmp://host/live/k", True), ("alsa:mic", True), ("http://h/x", False)]
+)
+def test_which_sources_go_on_without_us(target, newest):
+    assert open_live(target, None, PushSource(RATE))._newest is newest
