@@ -241,7 +241,9 @@ class LiveCutter:
             return min(samples, since)
         # The next chunk comes no sooner than this one took to be spoken.
         chunk = 0 if self._in_bursts else self._largest
-        return max(0, samples - max(self._kept, chunk + self._patience))
+        # What should be there by now and is not yet has perhaps come to its end, and is laid no later for it.
+        due = samples if since is None or self._in_bursts else max(samples, since - self._reserve)
+        return min(samples, max(0, due - max(self._kept, chunk + self._patience)))
 
     @property
     def _in_bursts(self) -> bool:

@@ -394,6 +394,23 @@ def test_a_short_word_that_comes_at_once_begins_within_one_block(phase):
     assert spoken(blocks).sum() == 300 * MS
 
 
+@pytest.mark.parametrize("length_ms", [300, 500, 900])
+def test_an_utterance_that_ended_just_before_a_cut_is_heard_no_later_than_others(length_ms):
+    """In 20 ms at the pace of a voice, begun every 10 ms of a block; nobody says that it has ended."""
+    delays = []
+    for phase in np.arange(0.0, BLOCK_S, 0.01):
+        live, blocks, came = cutter(), [], 0
+        for number in range(1, 7):
+            while came < length_ms // 20 and phase + (came + 1) * 0.02 <= number * BLOCK_S:
+                live.push(noise(20 * MS), phase + (came + 1) * 0.02)
+                came += 1
+            blocks.append(live.cut(number * BLOCK_S))
+        assert spoken(blocks).sum() == length_ms * MS
+        delays.append(first_sound(blocks) + BLOCK_S - phase)
+    assert max(delays) <= np.median(delays) + 0.045
+    assert max(delays) <= BLOCK_S + 0.15
+
+
 # Cutting a voice off
 
 
