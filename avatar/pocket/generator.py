@@ -48,7 +48,7 @@ from avatar.pocket.vae import DecoderState, PocketVae, VaeConfig
 from avatar.sampling import denoise_block, shifted_sigmas, step_modulations
 from avatar.stateful import state_bytes
 
-DEFAULT_STEPS = 2
+DEFAULT_STEPS = 1
 FRAMES_PER_BLOCK = LATENTS_PER_BLOCK * FRAMES_PER_LATENT
 LATENT_SIDE = SIZE // VaeConfig.pixels_per_latent
 
