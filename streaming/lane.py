@@ -114,6 +114,8 @@ class Lane:
         self._sink = make_sink()
         self.name = self._sink.name
         self._opened = self._connected = False
+        self._expected = False
+        """Its target has answered and is being connected to for the first time: what comes now is kept for it."""
         self._queue: deque[Packet] = deque()
         self._writing: list[Packet] = []
         self._needs_keyframe = True
@@ -132,7 +134,7 @@ class Lane:
         """Try the target, before the model works. Raises: SinkError, but not for a live target that may come later."""
         try:
             await self._sink.open()
-            self._opened = True
+            self._opened = self._expected = True
         except (TargetAbsent, TargetRefused) as error:
             if not self._policy.live:
                 raise
@@ -144,7 +146,12 @@ class Lane:
         for packet in packets:
             self._accept(packet)
         if self.backlog_s > self._policy.backlog_s and self._queue:
-            if self._policy.live:
+            if self._policy.live and not self._connected:
+                # It takes its time: it begins where the stream is when it is there.
+                self._expected = False
+                self._forget(self._queue)
+                self._needs_keyframe = True
+            elif self._policy.live:
                 self._fall_behind()
             elif self._error is None:
                 self._error = SinkError(
@@ -235,7 +242,8 @@ class Lane:
         if self._behind and self._sink.pending_s <= self._policy.resume_s:
             self._behind = False
             self._want_keyframe()
-        taken = not self._gone() and not self._behind and (self._connected or not self._policy.live)
+        there = self._connected or self._expected or not self._policy.live
+        taken = not self._gone() and not self._behind and there
         if video and taken and self._needs_keyframe:
             taken = packet.is_keyframe
             self._needs_keyframe = not taken
@@ -275,7 +283,8 @@ class Lane:
             self._connections += 1
             if self._policy.live:
                 log.info("%s: connected", self.name)
-                self._want_keyframe()
+                if not self._queue:
+                    self._want_keyframe()
             while (batch := await self._next()) is not None:
                 await sink.write(batch)
                 self._wrote()
@@ -323,7 +332,7 @@ class Lane:
         self._sink = self._make_sink()
         self._last_error = str(error)
         self._begun_at = None
-        self._opened = self._connected = self._behind = False
+        self._opened = self._connected = self._expected = self._behind = False
         self._needs_keyframe = True
         self._forget(self._writing)
         self._forget(self._queue)

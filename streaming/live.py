@@ -45,6 +45,9 @@ RECENT_STEPS = 20
 MARGIN_S = 0.02
 """Between a frame being ready and being due, beside the time it is known to take."""
 
+GRACE_S = 0.02
+"""How long a frame that is due waits for its picture: shown half a frame late it is nothing to see, missing it is."""
+
 PENDING_S = 1.0
 """Sound in the cutter after which no more is read: who pushes has to wait, and a pipe fills."""
 
@@ -187,6 +190,7 @@ class LiveSession:
         self._taken = asyncio.Event()
         self._heard = asyncio.Event()
         self._begun = asyncio.Event()
+        self._drawn = asyncio.Event()
         self._early = _EarlySound()
         self._most_pending_s = PENDING_S
         self._source_error: AvatardError | None = None
@@ -505,6 +509,7 @@ class LiveSession:
             if block.model is model and block.number == number and block.heard is block.cut.audio:
                 # In place of those that were there, where they came twice or are made anew.
                 block.pictures[first : first + len(made.frames)] = made.frames
+                self._drawn.set()
 
     def _note_step(self, watch: _Stopwatch) -> None:
         self._steps.append(watch.taken_s)
@@ -569,6 +574,7 @@ class LiveSession:
             while index >= self._next_block:
                 self._cut_next()
             block = self._blocks[index]
+            await self._wait_for_picture(block, shown)
             if shown < len(block.pictures):
                 self._picture = block.pictures[shown]
             elif self._frame:
@@ -583,6 +589,17 @@ class LiveSession:
             for old in [i for i in self._blocks if i < index]:
                 self._skipped += not self._blocks.pop(old).settled
         self._hand_out(await self._in_encoder(encoder.flush))
+
+    async def _wait_for_picture(self, block: _Block, shown: int) -> None:
+        """A little, where it is being made: see GRACE_S."""
+        left_s = GRACE_S - self._pacer.late_s(self._frame)
+        if left_s <= 0 or block.number is None or not self._at_work:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left_s):
+                while shown >= len(block.pictures):
+                    self._drawn.clear()
+                    await self._drawn.wait()
 
     # Small things
 

@@ -455,7 +455,9 @@ def test_speech_begins_and_stops_within_a_block_and_a_quarter_of_a_second(tmp_pa
             age = float(np.median(ages))
             flashes = np.array(reading.arrivals)
             for at in pressed:
-                closed.append(float(flashes[(flashes > at - 0.5) & (flashes < at + 1.3)].max() + 0.04 - at))
+                seen = flashes[(flashes > at - 0.5) & (flashes < at + 1.3)]
+                assert len(seen), f"it did not speak when it was interrupted; flashes {flashes - at}"
+                closed.append(float(seen.max() + 0.04 - at))
             report("signal to first picture without it", **spread(closed))
 
             held = live.of("status")[-1]["held"]

@@ -60,9 +60,8 @@ def test_a_voice_from_stdin_is_on_air_and_in_a_file_for_long(tmp_path: Path, mod
             assert reading.skew.max <= 80
             assert reading.video.backward == reading.audio.backward == 0
             assert reading.black == 0
-        assert all(output["dropped_frames"] <= 50 for output in statuses[-1]["outputs"]), (
-            "before the first keyframe only"
-        )
+        assert all(output["dropped_frames"] == 0 for output in statuses[-1]["outputs"])
+        assert sent.frames == file.frames == ended["frames"]
 
 
 def _median(values: list[float]) -> float:

@@ -33,6 +33,7 @@ class Server:
     bandwidth: float = float("inf")
     """Seconds of the stream that it takes in a second."""
     silent: bool = False
+    connects_in_s: float = 0.1
     begun_at: list[float] = field(default_factory=list)
     got: list[list[tuple[str, float, bool]]] = field(default_factory=list)
     closed: list[bool] = field(default_factory=list)
@@ -69,7 +70,7 @@ class Connection:
             raise TargetAbsent(f"{self.name}: connection refused; is the server running?")
 
     async def start(self, streams, metadata) -> None:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(self.server.connects_in_s)
         if self.server.refuses:
             raise TargetRefused(f"{self.name}: the server refuses the stream")
         self.server.begun_at.append(self.loop.time())
@@ -138,25 +139,30 @@ def on_air(server: Server, play: Callable[[Show], Coroutine[Any, Any, Any]], pol
     return run_virtual(run())
 
 
-def test_a_target_that_keeps_up_gets_everything_from_the_first_keyframe_on():
+def test_a_target_that_is_there_and_keeps_up_gets_every_frame():
     server = Server()
     show = on_air(server, lambda show: show.until(5.0))
     frames = server.frames(0)
-    assert frames == pytest.approx([frames[0] + n / FPS for n in range(len(frames))])
+    assert frames == pytest.approx([n / FPS for n in range(125)])
     assert server.got[0][0][0] == "video"
     assert server.got[0][0][2]
-    assert frames[0] < 0.3
+    assert show.asked == [], "a stream begins with a keyframe"
     status = show.lane.status
     assert (status.state, status.reconnects, status.last_error) == ("ended", 0, None)
-    assert status.dropped_frames == 125 - len(frames)
+    assert status.dropped_frames == 0
     assert server.closed == [True]
 
 
-def test_a_connection_begins_with_a_keyframe_that_was_asked_for():
-    server = Server()
-    show = on_air(server, lambda show: show.until(1.0))
+def test_a_target_that_connects_slowly_begins_where_the_stream_is_then():
+    server = Server(connects_in_s=2.0)
+    show = on_air(server, lambda show: show.until(5.0))
+    assert show.worst_backlog_s < 1.0
     assert len(show.asked) == 1
-    assert server.frames(0)[0] == pytest.approx(show.asked[0] - show.began, abs=2 / FPS)
+    frames = server.frames(0)
+    assert frames[0] == pytest.approx(show.asked[0] - show.began, abs=2 / FPS)
+    assert frames == pytest.approx([frames[0] + n / FPS for n in range(len(frames))])
+    assert server.got[0][0][2]
+    assert show.lane.status.dropped_frames == 125 - len(frames)
 
 
 def test_a_server_that_is_absent_is_only_a_warning_and_gets_the_stream_when_it_comes(caplog):
