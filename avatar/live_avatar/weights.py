@@ -1,8 +1,8 @@
 """Weights from the layouts they were published in, tensor by tensor, strictly.
 
 A network is built on the meta device and each tensor goes from its file to its place, so that host memory never holds
-more than the network and one tensor. Every key has to find its place, every place its key, with the right shape; all of
-that is known from the headers before the first byte of weights is read.
+more than the network and a few tensors. Every key has to find its place, every place its key, with the right shape; all
+of that is known from the headers before the first byte of weights is read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import math
 import pickle
 import re
+from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -208,6 +210,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 # from file to network
 
 
+READERS = 4
+"""Tensors that are read at a time: a card takes them in faster than one thread copies them into fresh memory."""
+
+
 class Source(Protocol):
     """Where a network's tensors come from, a few at a time."""
 
@@ -217,7 +223,7 @@ class Source(Protocol):
 
 
 class FromFile:
-    """A network's tensors out of a checkpoint, one at a time.
+    """A network's tensors out of a checkpoint, one after the other, while the next few are read.
 
     Args:
         module: its tensors may be on the meta device, and are replaced, not copied into.
@@ -262,12 +268,19 @@ class FromFile:
 
     def give(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """See `Source.give`. Raises: WeightsError: a damaged file."""
-        for name, key in self._keys.items():
-            if wanted(name):
-                tensor = self._checkpoint.read(key).to(device=self._device)
+        named = [(name, key) for name, key in self._keys.items() if wanted(name)]
+        with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
+            ahead: deque[Future[Tensor]] = deque(pool.submit(self._read, key) for _, key in named[:READERS])
+            for i, (name, key) in enumerate(named):
+                tensor = ahead.popleft().result()
+                if i + READERS < len(named):
+                    ahead.append(pool.submit(self._read, named[i + READERS][1]))
                 if self._change is not None:
                     tensor = self._change(key, tensor)
                 _assign(self._module, name, tensor.to(dtype=self._dtype if tensor.is_floating_point() else None))
+
+    def _read(self, key: str) -> Tensor:
+        return self._checkpoint.read(key).to(device=self._device)
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
