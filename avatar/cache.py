@@ -89,12 +89,16 @@ class KVCache:
         store(conditioning.values[layer], self.values[layer][:, :tokens])
 
     def move_reference(self, conditioning: Conditioning, table: Tensor, position: int) -> None:
-        """Rotate the reference frame's keys for another position, in place. table: [rows * columns, dim / 2, 2]."""
-        tokens = conditioning.tokens_per_frame
-        for layer, k in enumerate(conditioning.keys):
+        """Rotate the reference frame's keys for another position, in place. table: as `turn_reference` takes it."""
+        for layer in range(len(conditioning.keys)):
             if layer not in self.away:
-                store(apply_rope(k[:, :tokens], table), self.keys[layer][:, :tokens])
+                self.turn_reference(layer, conditioning, table)
         self.reference_position = position
+
+    def turn_reference(self, layer: int, conditioning: Conditioning, table: Tensor) -> None:
+        """Of one layer whose buffer is here. table: rotations of its tokens, the first of all; what follows is left."""
+        tokens = conditioning.tokens_per_frame
+        store(apply_rope(conditioning.keys[layer][:, :tokens], table[:tokens]), self.keys[layer][:, :tokens])
 
     def append(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Write a block into the ring, in place, and give all keys and values it may look at.

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -212,6 +212,7 @@ def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, A
         "step_ms": round(medians["_advance"], 2),
         "step_max_ms": round(max(steps), 2),
         "block_max_ms": round(max(walls), 1),
+        "slow": {"steps": _slow(steps), "blocks": _slow(walls)},
         "vae_ms": round(medians["decode"], 2),
         "speech_ms": round(medians["features"], 2),
         "start_s": round(started - began, 2),
@@ -225,6 +226,16 @@ def speed(model: LiveAvatar, blocks: int, profiled: bool = False) -> dict[str, A
     if profiled:
         result |= profile(lambda: model.step(state, sound(warmup + blocks, model.spec.lookahead_samples)))
     return result
+
+
+SLOW = 1.15
+"""Times the median: a step that takes longer is slow."""
+
+
+def _slow(times: Sequence[float]) -> list[tuple[int, float]]:
+    """Which were slow, and by how much; the first twenty."""
+    median = statistics.median(times)
+    return [(i, round(time / median, 2)) for i, time in enumerate(times) if time > SLOW * median][:20]
 
 
 def profile(call: Callable[[], Any], top: int = 45) -> dict[str, Any]:

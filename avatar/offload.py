@@ -1,8 +1,8 @@
 """Weights and rings that live on the host and come to the device for their turn.
 
 Weights are only read: one copy of each layer lies in page-locked memory, and two places on the device hold the layer at
-work and the one that is arriving. A ring is read whole and written in one place: of each layer two places on the
-device again, and only the block that was made goes back. All copies run beside the computation, in streams of their
+work and the one that is arriving. A ring is read whole and written in one place: a few are on their way at a time, and
+only the block that was made goes back. All copies run beside the computation, in streams of their
 own; who computes waits for them on the device, never on the host.
 
 The networks do not know of it. `stream_layers` puts a list in the place of a network's list of layers that brings in
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,10 +24,14 @@ from torch import Tensor, nn
 
 from avatar.cache import Conditioning, KVCache, Turn, empty_keys, empty_values
 from avatar.float8 import FLOAT8
+from avatar.placement import ARRIVING, LEAVING, SLOTS
 from avatar.sampling import Enter
 
 ALIGNMENT = 256
 """Bytes; kernels load faster from multiples of it, and some load from nothing else."""
+
+PIECE = 32 << 20
+"""Bytes of a layer that are copied at a time: between them rings have their turn on the link."""
 
 
 class Link(Protocol):
@@ -64,6 +69,7 @@ class _Pages(mmap.mmap):
         with contextlib.suppress(OSError, AttributeError):
             pages.madvise(mmap.MADV_HUGEPAGE)  # locking is work for each page
         memory = torch.frombuffer(pages, dtype=torch.uint8)
+        memory.zero_()  # by all threads: locking would bring in one page after the other
         failure = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), bytes_, 0))
         if failure:
             raise MemoryError(f"{bytes_ / 2**30:.1f} GiB of the host could not be page-locked (CUDA error {failure})")
@@ -203,7 +209,7 @@ class StreamedLayers(nn.ModuleList):
         self.slabs, self._link = slabs, link
         self._order = sorted(slabs)
         room = max((slab.bytes for slab in slabs.values()), default=0)
-        self._places = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._places = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._views = {i: [slab.views(place) for place in self._places] for i, slab in slabs.items()}
         self._there: dict[int, tuple[int, Any]] = {}
         """Layers on the device or on their way: in which place, and what to wait for."""
@@ -236,7 +242,8 @@ class StreamedLayers(nn.ModuleList):
         memory, slab = self._places[place], self.slabs[index]
 
         def copies() -> None:
-            memory[: slab.bytes].copy_(slab.memory, non_blocking=True)
+            for there, home in zip(memory[: slab.bytes].split(PIECE), slab.memory.split(PIECE)):
+                there.copy_(home, non_blocking=True)
 
         # All work on what was in that place has been given to the device by now.
         self._there[index] = (place, self._link.copy(copies, [self._link.mark()]))
@@ -279,12 +286,21 @@ def stream_layers(
 
 
 @dataclass
-class _Busy:
-    """The ring at work: of which pass and layer, in which place, and what stands for it while it is away."""
+class _Slot:
+    """Room for keys and values on their way, in the order in which they lie on the host."""
 
-    key: tuple[int, int]
+    keys: Tensor
+    values: Tensor
+    free: Any
+    """What has to happen before something else may come here."""
+
+
+@dataclass
+class _Busy:
+    """The ring at work: of which pass, and what stands for it while it is away."""
+
     turn: Turn
-    place: int
+    layer: int
     keys: Tensor
     values: Tensor
 
@@ -292,8 +308,10 @@ class _Busy:
 class RingStream:
     """Brings the ring of a step and layer to the device before a pass enters it, and what was made back afterwards.
 
-    The conditioning in front of a ring is made anew each time, from the one that all steps share: that is on the
-    device anyway, and a fifth of a ring.
+    Rings arrive as they lie on the host, so that copies are few, large and wait for no kernel; the pass that is about
+    to begin lays its ring behind the conditioning, in the one buffer that attention reads. The conditioning is made
+    anew for each layer, from the one that all steps share, and for each pass the reference, which each may see
+    elsewhere.
 
     Args:
         away: layers whose rings live on the host; blocks: that a ring holds.
@@ -310,12 +328,17 @@ class RingStream:
     ) -> None:
         self._away, self._blocks = sorted(away), blocks
         self._inward, self._outward = inward or link_to(device), outward or link_to(device)
-        self._places: list[tuple[Tensor, Tensor]] = []
-        self._there: dict[tuple[int, int], tuple[int, Any]] = {}
-        """Rings on the device or on their way, by pass and layer: in which place, and what to wait for."""
+        self._buffer: tuple[Tensor, Tensor] | None = None
+        self._conditioned: tuple[int, Conditioning, int | None] | None = None
+        """Of which layer the buffer has the conditioning, and for which position of the reference."""
+        self._arriving: deque[_Slot] = deque()
+        """Free ones, that for the next ring first."""
+        self._leaving: deque[_Slot] = deque()
+        self._there: dict[tuple[int, int], tuple[_Slot, Any]] = {}
+        """Rings on the device or on their way, by pass and layer: in which slot, and what to wait for."""
         self._busy: _Busy | None = None
-        self._left: list[Any] = [None, None]
-        """When what was made in a place is back on the host."""
+        self._home: list[Any] = []
+        """When all that passes before these have made is on the host."""
 
     def new_cache(self, conditioning: Conditioning, ring_frames: int, float8: bool) -> KVCache:
         """An empty cache whose rings live where they should."""
@@ -331,9 +354,8 @@ class RingStream:
                 continue
             keys, values = cache.keys[layer], cache.values[layer]
             self._make_room(cache, layer)
-            tokens, first = cache.ring_tokens // self._blocks, cache.conditioning_tokens
             for block in range(self._blocks):
-                span = slice(first + block * tokens, first + (block + 1) * tokens)
+                span = self._span(cache, block)
                 for on_device, on_host in zip((keys, values), cache.away[layer]):
                     region = _as_it_lies(on_device[:, span])
                     on_host[block].view(region.shape).copy_(region)
@@ -349,90 +371,145 @@ class RingStream:
     def _on_host(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._inward.pinned(math.prod(sizes) * dtype.itemsize).view(dtype).view(sizes)
 
+    def _span(self, cache: KVCache, block: int) -> slice:
+        """Where a block of the ring lies in a buffer, in tokens."""
+        tokens, first = cache.ring_tokens // self._blocks, cache.conditioning_tokens
+        return slice(first + block * tokens, first + (block + 1) * tokens)
+
+    def _made(self, turn: Turn) -> int:
+        """The block of the ring that a pass makes, in the place of the oldest."""
+        return turn.start // turn.tokens % self._blocks
+
     def leave(self) -> None:
         """Passes were broken off: what they left on the device counts no more. Their block is to be made again."""
-        self._put_back()
-        self._there.clear()
+        self._end()
 
     def enter(self, turns: Sequence[Turn], number: int) -> None:
         """Pass `number` of these is about to enter its layer; what went before, layer by layer and in this order, is
         done. With number len(turns): all passes are through their last layer."""
         self._put_back()
         if number == len(turns):
-            self._there.clear()
+            self._end()
             return
         turn = turns[number]
         if turn.layer not in turn.cache.away:
             return
-        key = (number, turn.layer)
-        if key not in self._there:
-            self._fetch(key, turn)
-        place, arrival = self._there[key]
-        self._inward.wait(arrival)
-        cache = turn.cache
-        self._busy = _Busy(key, turn, place, cache.keys[turn.layer], cache.values[turn.layer])
-        cache.keys[turn.layer], cache.values[turn.layer] = self._places[place]
-        assert turn.table is not None
-        cache.condition_layer(turn.layer, turn.conditioning, turn.table)
-        if (following := self._next(turns, key)) is not None:
-            self._fetch(following, turns[following[0]])
+        wanted = self._from_here(turns, number)
+        first = next(wanted)
+        if first not in self._there:
+            self._fetch(first, turn)
+        self._lay_in(turn, *self._there.pop(first))
+        for key in wanted:
+            if not self._arriving:
+                break
+            if key not in self._there:
+                self._fetch(key, turns[key[0]])
 
-    def _next(self, turns: Sequence[Turn], key: tuple[int, int]) -> tuple[int, int] | None:
-        """Which ring will be needed after that one."""
-        number, layer = key
-        if number + 1 < len(turns):
-            return number + 1, layer
-        return next(((0, other) for other in self._away if other > layer), None)
+    def _end(self) -> None:
+        self._put_back()
+        for slot, arrival in self._there.values():
+            slot.free = arrival
+            self._arriving.append(slot)
+        self._there.clear()
+        self._conditioned = None
+        self._home = [slot.free for slot in self._leaving]
+
+    def _from_here(self, turns: Sequence[Turn], number: int) -> Iterator[tuple[int, int]]:
+        """This pass's ring, and those that will be needed after it, by pass and layer."""
+        layer = turns[number].layer
+        yield from ((other, layer) for other in range(number, len(turns)))
+        later = (following for following in self._away if following > layer)
+        yield from ((other, following) for following in later for other in range(len(turns)))
 
     def _fetch(self, key: tuple[int, int], turn: Turn) -> None:
-        """Begin to copy a ring into the place that is not at work."""
-        at_work = self._busy.place if self._busy is not None else 1
-        place = 1 - at_work
-        self._there = {other: there for other, there in self._there.items() if there[0] == at_work}
-        cache, layer = turn.cache, key[1]
-        if not self._places:
-            like, room = cache.keys[layer], cache.conditioning_tokens + cache.ring_tokens
-            float8 = like.dtype == FLOAT8
-            self._places = [(empty_keys(like, room, float8), empty_values(like, room, float8)) for _ in range(2)]
-        keys, values = self._places[place]
-        (host_keys, host_values), first = cache.away[layer], cache.conditioning_tokens
-        made = turn.start // turn.tokens % self._blocks
+        """Begin to copy a ring into a free slot."""
+        host = turn.cache.away[key[1]]
+        if not self._arriving:
+            self._make_slots(turn, host)
+        slot, made = self._arriving.popleft(), self._made(turn)
 
         def copies() -> None:
-            for block in range(self._blocks):
-                # The oldest is about to be written over.
-                if block != made:
-                    span = slice(first + block * turn.tokens, first + (block + 1) * turn.tokens)
-                    for on_device, on_host in ((keys, host_keys), (values, host_values)):
-                        region = _as_it_lies(on_device[:, span])
-                        region.copy_(on_host[block].view(region.shape), non_blocking=True)
+            for there, home in zip((slot.keys, slot.values), host):
+                for place, block in enumerate(self._others(made)):
+                    there[place].copy_(home[block], non_blocking=True)
 
-        left = [arrival for arrival in self._left if arrival is not None]
-        self._there[key] = (place, self._inward.copy(copies, [self._inward.mark(), *left]))
+        self._there[key] = (slot, self._inward.copy(copies, [slot.free, *self._home]))
+
+    def _others(self, made: int) -> list[int]:
+        """All blocks of a ring but the oldest, which is about to be written over."""
+        return [block for block in range(self._blocks) if block != made]
+
+    def _make_slots(self, turn: Turn, host: tuple[Tensor, Tensor]) -> None:
+        like, room = turn.cache.keys[turn.layer], turn.cache.conditioning_tokens + turn.cache.ring_tokens
+        float8 = like.dtype == FLOAT8
+        self._buffer = empty_keys(like, room, float8), empty_values(like, room, float8)
+        for slots, count, blocks in ((self._arriving, ARRIVING, self._blocks - 1), (self._leaving, LEAVING, 1)):
+            for _ in range(count):
+                keys, values = (torch.empty_like(home[:blocks], device=like.device) for home in host)
+                slots.append(_Slot(keys, values, self._inward.mark()))
+
+    def _lay_in(self, turn: Turn, slot: _Slot, arrival: Any) -> None:
+        """Make the buffer the ring of that pass and layer, conditioning in front."""
+        assert self._buffer is not None
+        assert turn.table is not None
+        cache, layer = turn.cache, turn.layer
+        self._busy = _Busy(turn, layer, cache.keys[layer], cache.values[layer])
+        cache.keys[layer], cache.values[layer] = self._buffer
+        if self._conditioned is None or (self._conditioned[0], id(self._conditioned[1])) != (
+            layer,
+            id(turn.conditioning),
+        ):
+            cache.condition_layer(layer, turn.conditioning, turn.table)
+        elif self._conditioned[2] != cache.reference_position:
+            cache.turn_reference(layer, turn.conditioning, turn.table)
+        self._conditioned = (layer, turn.conditioning, cache.reference_position)
+        self._inward.wait(arrival)
+        for buffer, there in zip(self._buffer, (slot.keys, slot.values)):
+            for place, block in enumerate(self._others(self._made(turn))):
+                region = _as_it_lies(buffer[:, self._span(cache, block)])
+                _copy(there[place].view(region.shape), region)
+        slot.free = self._inward.mark()
+        self._arriving.append(slot)
 
     def _put_back(self) -> None:
         """What was made in the ring at work to the host."""
         if self._busy is None:
             return
         busy, self._busy = self._busy, None
-        turn, layer = busy.turn, busy.key[1]
-        cache, first = turn.cache, turn.cache.conditioning_tokens
-        made = turn.start // turn.tokens % self._blocks
-        span = slice(first + made * turn.tokens, first + (made + 1) * turn.tokens)
+        turn, cache = busy.turn, busy.turn.cache
+        made, slot = self._made(turn), self._leaving.popleft()
+        if slot.free is not None:
+            self._outward.wait(slot.free)
+        homes = [home[made] for home in cache.away[busy.layer]]
+        for on_device, there in zip((cache.keys[busy.layer], cache.values[busy.layer]), (slot.keys, slot.values)):
+            region = _as_it_lies(on_device[:, self._span(cache, made)])
+            _copy(region, there.view(region.shape))
 
         def copies() -> None:
-            for on_device, on_host in zip(self._places[busy.place], cache.away[layer]):
-                region = _as_it_lies(on_device[:, span]).contiguous()
-                on_host[made].view(region.shape).copy_(region, non_blocking=True)
+            for there, home in zip((slot.keys, slot.values), homes):
+                home.copy_(there[0], non_blocking=True)
 
-        self._left[busy.place] = self._outward.copy(copies, [self._outward.mark()])
-        cache.keys[layer], cache.values[layer] = busy.keys, busy.values
+        slot.free = self._outward.copy(copies, [self._outward.mark()])
+        self._leaving.append(slot)
+        cache.keys[busy.layer], cache.values[busy.layer] = busy.keys, busy.values
 
 
 def _as_it_lies(x: Tensor) -> Tensor:
     """x [B, N, heads, dim] with its axes in the order in which they follow each other in memory."""
     order = sorted(range(4), key=lambda axis: -x.stride(axis))
     return x.permute(order)
+
+
+def _copy(x: Tensor, into: Tensor) -> None:
+    """Between regions of one shape whose last sides are dense; eight bytes at a time, if they allow it.
+
+    A kernel that copies single bytes between rows that are apart reaches a fraction of the memory's rate.
+    """
+    many = 8 // x.element_size()
+    sides = [number for y in (x, into) for number in (y.shape[-1], y.storage_offset(), *y.stride()[:-1])]
+    if not any(number % many for number in sides):
+        x, into = x.view(torch.int64), into.view(torch.int64)
+    into.copy_(x)
 
 
 def stream_rings(

@@ -27,12 +27,15 @@ CONVOLUTION_SHARE = 0.5
 """Of the rate of bf16 products: the decoder in channels_last_3d, compiled. Measured on an H200."""
 ATTENTION8_GAIN = 1.35
 """Attention over keys and values in 8 bits, where a card multiplies such numbers. Measured on an H200."""
-NARROW_SLOWDOWN = 1.12
-"""A part that works in small pieces. The decoder took 73 ms a block on an H200, and 65 with a block at once."""
+NARROW_SLOWDOWN = 1.08
+"""A part that works in small pieces. The decoder took 71 to 74 ms a block on an H200, and 67 with a block at once."""
 LAUNCH_S = 6e-6
 """Of the host, for a kernel. Assumed; 26,000 of them in 346 ms (the reference) are 13 us each."""
 STREAM_EFFICIENCY = 0.8
 """Of the link's rate while kernels run and both directions are in use. Measured: 0.77 with rings, 0.87 with weights."""
+HIDING = 8
+"""Copies hide behind kernels, and the other way round, where one of them takes much less time; where both take the
+same, each waits now and then: 9 % in all. From a simulation of layers and rings that share a link."""
 DEQUANTISE_BYTES, DEQUANTISE_KV_BYTES = 5, 3
 """Moved for each weight where a card multiplies no 8-bit matrices (read 1, write 2, read 2); for each key or value."""
 
@@ -49,7 +52,9 @@ LIVE_MARGIN = 1.1
 """A block that comes late once has to be made up for, and frames leave for another process: on an H200 a broadcast's
 blocks took 7 % longer than planned, and 4 % of its frames were held."""
 SLOTS = 2
-"""Layers, or rings of a layer, on the device for streaming: one at work, one arriving."""
+"""Layers on the device for streaming: one at work, one arriving."""
+ARRIVING, LEAVING = 3, 2
+"""Beside the ring at work: rings on their way to the device, and blocks of rings on their way back, at most."""
 
 
 def reserve_bytes(memory_bytes: int) -> int:
@@ -180,7 +185,7 @@ class Seconds:
 
     @property
     def block(self) -> float:
-        return max(self.steps, self.link) + self.rest
+        return (self.steps**HIDING + self.link**HIDING) ** (1 / HIDING) + self.rest
 
     @property
     def binds(self) -> str:
@@ -461,11 +466,13 @@ class _Case:
     def ring_room(self, r: int) -> tuple[int, int]:
         """Bytes on the device and on the host with the rings of r layers on the device.
 
-        A ring there stands behind its own copy of the conditioning; for the others there are two slots, one at work and
-        one that is arriving.
+        A ring there stands behind its own copy of the conditioning; for the others there is one such buffer, and slots
+        for what is on its way.
         """
-        one = self.ring_bytes + self.conditioning_bytes
-        slots = SLOTS * one if r < self.ring_layers else 0
+        one, slots = self.ring_bytes + self.conditioning_bytes, 0
+        if self.rings and r < self.ring_layers:
+            block = self.ring_bytes // self.rings.blocks
+            slots = one + (ARRIVING * (self.rings.blocks - 1) + LEAVING) * block
         kept = self.ring_layers * (self.rings.conditioning_bytes if self.rings else 0)  # as it was made, in 16 bits
         return kept + slots + r * self.steps * one, (self.ring_layers - r) * self.steps * self.ring_bytes
 
@@ -563,8 +570,9 @@ class _Case:
             away = self.ring_room(r)[1]
             outward = away / self.rings.blocks
             inward += away - outward
-        # What comes and what leaves passes through the device's memory; so of two plans the one that moves less wins.
-        memory += (inward + outward) / (self.card.memory_gb_s * 1e9)
+        # What comes and what leaves passes through the device's memory, rings twice more on their way into place.
+        rings = self.ring_room(r)[1]
+        memory += (inward + outward + 2 * rings) / (self.card.memory_gb_s * 1e9)
         link = max(inward, outward) / (self.card.link_gb_s * 1e9 * STREAM_EFFICIENCY)
         return Seconds(matrices, attention, memory, link, rest.seconds)
 

@@ -586,7 +586,10 @@ class LiveAvatar:
             state.vae = prime(self.vae, self._encode_history(state)[:, :, -options.prime_latents :])
         parts: list[Tensor] = []
         for part in latents.split(latents_at_once, dim=2):
-            parts.append(self._with_room("decoding", partial(self._pixels, part, state), state))
+            # What may have to be taken back is kept: of the decoder's memory no more than it works with at once.
+            pieces = part.split(self.vae.latents_per_call, dim=2)
+            videos = [self._with_room("decoding", partial(self._pixels, piece, state), state) for piece in pieces]
+            parts.append(torch.cat(videos, 2))
             yield parts[-1]
         state.decoded += 1
         if options.keeps_history and (per_clip or state.decoded <= options.clip_blocks):

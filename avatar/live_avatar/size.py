@@ -77,8 +77,8 @@ WAITING_BYTES_PER_TOKEN = 4 * DIM
 """Of those, the stream and its norm, which a pass keeps from layer to layer."""
 DECODE_BYTES_PER_PIXEL, DECODE_ONE_BYTES_PER_PIXEL = 28_200, 11_000
 """What the decoder may work in, for each pixel of the picture, with a whole block at once and with one latent at a
-time. One at a time it took 2.07 GiB on an H200 at 704x384, 2.85 with what the allocator kept. A block at once: its
-activations (17,835, found in the same way), and room that makes cuDNN's convolutions fast."""
+time. On an H200 at 704x384 it took 4.7 GiB and 2.07, and 7.1 and 2.6 to 3.0 with what the allocator kept; more makes
+cuDNN's convolutions no faster."""
 ENCODE_BYTES_PER_PIXEL = 14_200
 """What the beginning of a stream works in, the most while the decoder is primed: 3.25 GiB on an H200 at 704x384, 3.57
 with what the allocator kept, and 1.2 of it stay as the stream's memory. The encoder's activations and memory are 8,610,
