@@ -1,9 +1,15 @@
-"""Small checkpoints in the layouts in which Live Avatar is published."""
+"""Checkpoints in the layouts in which Live Avatar is published: small ones, and one at full size.
+
+python tests/published.py FOLDER      # 47 GB of random numbers; to measure loading, on a GPU
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +53,14 @@ def speech_like(samples: int) -> np.ndarray:
 
 def write_speech(folder: Path) -> None:
     """A small wav2vec2 folder with random weights under their published names: 24 layers, 32 wide."""
-    config = Wav2Vec2Config(
+    write_speech_of(folder, Wav2Vec2Config(
         hidden_size=32, num_hidden_layers=24, num_attention_heads=2, intermediate_size=64, conv_dim=(24,) * 7,
         do_stable_layer_norm=True, feat_extract_norm="layer", conv_bias=True, num_conv_pos_embeddings=32,
         num_conv_pos_embedding_groups=4, vocab_size=33,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def write_speech_of(folder: Path, config: Wav2Vec2Config) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = Wav2Vec2ForCTC(config).state_dict()
@@ -80,10 +89,76 @@ def write_checkpoint(golden, root: Path) -> None:
     (root / "Live-Avatar").mkdir()
     generator = torch.Generator().manual_seed(0)
     lora = {}
-    for key, tensor in dit.items():
-        layer = key.removesuffix(".weight")
-        if key.endswith(".weight") and re.search(r"\.(q|k|v|o|ffn\.0|ffn\.2)$", layer):
-            out, inside = tensor.shape
-            lora[f"base_model.model.{layer}.lora_A.default.weight"] = torch.randn(4, inside, generator=generator)
-            lora[f"base_model.model.{layer}.lora_B.default.weight"] = 0.1 * torch.randn(out, 4, generator=generator)
+    for layer, (out, inside) in _low_rank({key: list(tensor.shape) for key, tensor in dit.items()}):
+        lora[f"base_model.model.{layer}.lora_A.default.weight"] = torch.randn(4, inside, generator=generator)
+        lora[f"base_model.model.{layer}.lora_B.default.weight"] = 0.1 * torch.randn(out, 4, generator=generator)
     save_file(lora, root / "Live-Avatar" / "liveavatar.safetensors")
+
+
+# At full size
+
+
+DATA = Path(__file__).parent / "data" / "golden"
+
+
+def write_full_size(root: Path) -> None:
+    """All published files but the tokenizer's vocabulary, with random numbers: bfloat16, the VAE float32."""
+    base = root / "Wan2.2-S2V-14B"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text(json.dumps({"_class_name": "WanModel_S2V", "model_type": "s2v"}))
+    save_tokenizer(base / "google" / "umt5-xxl")
+    (root / "Live-Avatar").mkdir()
+    dit = json.loads((DATA / "manifest_dit_14b.json").read_text())
+    names = [f"diffusion_pytorch_model-{i + 1:05}-of-00004.safetensors" for i in range(4)]
+    size = sum(2 * int(np.prod(shape)) for shape in dit.values())
+    weight_map = {key: names[i * 4 // len(dit)] for i, key in enumerate(dit)}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (base / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    lora = {
+        f"base_model.model.{layer}.lora_{side}.default.weight": shape
+        for layer, (out, inside) in _low_rank(dit)
+        for side, shape in (("A", [128, inside]), ("B", [out, 128]))
+    }
+
+    def shard(name: str) -> None:
+        part = {key: dit[key] for key in dit if weight_map[key] == name}
+        save_file(_random(part, torch.bfloat16), base / name, metadata={"format": "pt"})
+
+    def others() -> None:
+        save_file(_random(lora, torch.bfloat16), root / "Live-Avatar" / "liveavatar.safetensors")
+        vae = json.loads((DATA / "manifest_vae.json").read_text())
+        torch.save(_random(vae, torch.float32), base / "Wan2.1_VAE.pth")
+        large = Wav2Vec2Config(
+            hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+            do_stable_layer_norm=True, feat_extract_norm="layer", conv_bias=True, vocab_size=33,
+        )  # fmt: skip
+        write_speech_of(base / "wav2vec2-large-xlsr-53-english", large)
+
+    def text() -> None:
+        shapes = json.loads((DATA / "manifest_t5_xxl.json").read_text())
+        torch.save(_random(shapes, torch.bfloat16), base / "models_t5_umt5-xxl-enc-bf16.pth")
+
+    with ThreadPoolExecutor() as pool:
+        for done in [*(pool.submit(shard, name) for name in names), pool.submit(others), pool.submit(text)]:
+            done.result()
+
+
+def _low_rank(shapes: dict[str, list[int]]) -> Iterator[tuple[str, list[int]]]:
+    """The layers that the published LoRA changes."""
+    for key, shape in shapes.items():
+        layer = key.removesuffix(".weight")
+        if layer != key and re.search(r"\.(q|k|v|o|ffn\.0|ffn\.2)$", layer):
+            yield layer, shape
+
+
+def _random(shapes: dict[str, list[int]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = {}
+    for key, shape in shapes.items():
+        spread = 1.0 if len(shape) < 2 else float(np.prod(shape[1:])) ** -0.5
+        made[key] = (torch.randn(shape, device=device) * (0.1 if "lora" in key else 1) * spread).to(dtype).cpu()
+    return made
+
+
+if __name__ == "__main__":
+    write_full_size(Path(sys.argv[1]))
