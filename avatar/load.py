@@ -168,3 +168,34 @@ def thread_count(live: bool = False) -> int:
 def use_threads(live: bool = False) -> None:
     """Let what is computed on the CPU from now on take `thread_count` threads."""
     torch.set_num_threads(thread_count(live))
+
+
+ENOUGH = 0.6
+"""Of its length a block may take on air with one thread less than there are cores: the encoder needs its part too."""
+
+
+class LiveThreads:
+    """How many threads a model takes on air: one less than there are cores where that is fast enough, else all.
+
+    Found from the first blocks that are made on air, which nobody is shown: the third is measured with one less, the
+    fourth, where that was too slow, with all. On two cores without AVX-512 a block of pocket took 0.65 s with one
+    thread and 0.37 with two.
+    """
+
+    def __init__(self) -> None:
+        self._taken: list[float] = []
+        self._all = False
+
+    def use(self, live: bool) -> None:
+        """Before a block is made."""
+        use_threads(live and not self._all)
+
+    def took(self, seconds: float, block_seconds: float) -> None:
+        """After one on air."""
+        if len(self._taken) == 4:
+            return
+        self._taken.append(seconds)
+        if len(self._taken) == 3:
+            self._all = seconds > ENOUGH * block_seconds
+        elif len(self._taken) == 4:
+            self._all = self._all and seconds < 0.9 * self._taken[2]

@@ -108,6 +108,8 @@ class Child:
         self._inbox: deque[Message] = deque()
         self._free: deque[int] = deque()
         self._sessions: dict[str, Kept] = {}
+        self._threads: Any = None
+        """Of a model that computes here on the CPU; see `avatar.load.LiveThreads`."""
 
     def serve(self) -> None:
         """Load, then answer until the input ends."""
@@ -136,6 +138,10 @@ class Child:
         except Exception as error:
             self._fail(None, error)
             return False
+        if "avatar.load" in sys.modules:
+            from avatar.load import LiveThreads
+
+            self._threads = LiveThreads()
         self._free.extend(range(header["slots"]))
         self._send({"op": "ready", "spec": spec, "load_s": time.monotonic() - began})
         return True
@@ -152,7 +158,10 @@ class Child:
                 state = self._resume(reference, self._load_snapshot(header["offset"], header["bytes"]))
                 self._sessions[name] = Kept(reference, state, header["history"])
             case "step":
+                began = time.monotonic()
                 self._send_blocks(header["id"], self._step(self._sessions[name], header, body))
+                if self._threads is not None and header["pieces"]:
+                    self._threads.took(time.monotonic() - began, self._model.spec.block_seconds)
             case "replay":
                 list(self._step(self._sessions[name], header, body))
             case "finish":
@@ -168,10 +177,8 @@ class Child:
     def _step(self, session: Kept, header: dict[str, Any], body: bytes) -> Iterable[FrameBlock]:
         if session.depth:
             self._remember(session, header["block"])
-        if "avatar.load" in sys.modules:
-            from avatar.load import use_threads
-
-            use_threads(live=header["pieces"])
+        if self._threads is not None:
+            self._threads.use(live=header["pieces"])
         sound = np.frombuffer(body, np.float32)
         samples, ahead = sound[: header["samples"]], sound[header["samples"] :]
         audio = AudioBlock(samples, header["start"], header["valid"], ahead)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from audio.errors import AvatardError
-from avatar.load import load_model, thread_count
+from avatar.load import LiveThreads, load_model, thread_count
 from avatar.pocket.generator import DEFAULT_STEPS, PocketModel, shipped_weights
 
 
@@ -82,3 +82,29 @@ def test_without_a_number_there_is_a_thread_for_each_core(monkeypatch, given):
     cores = len(os.sched_getaffinity(0))
     assert thread_count() == cores
     assert thread_count(live=True) == max(1, cores - 1)
+
+
+@pytest.mark.parametrize(
+    ("taken", "all_of_them"),
+    [
+        ((3.0, 0.5, 0.2), False),
+        ((3.0, 0.5, 0.4), True),
+        ((3.0, 0.5, 0.4, 0.35, 0.1), True),
+        ((3.0, 0.5, 0.4, 0.39), False),
+        ((3.0, 0.5, 0.2, 0.4, 0.4), False),
+    ],
+    ids=["fast enough", "too slow", "faster with all", "all are no faster", "slow only later"],
+)
+def test_on_air_a_core_is_left_to_the_encoder_where_the_model_can_spare_it(monkeypatch, taken, all_of_them):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before, threads = torch.get_num_threads(), LiveThreads()
+    try:
+        for seconds in taken:
+            threads.took(seconds, block_seconds=0.48)
+        threads.use(live=True)
+        assert torch.get_num_threads() == (4 if all_of_them else 3)
+        threads.use(live=False)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
