@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from avatar.attention import apply_rope
@@ -15,13 +16,17 @@ from avatar.float8 import FLOAT8, LARGEST
 class Conditioning:
     """Keys and values of the conditioning tokens, one pair per layer, made once by `prefill` and shared by all steps.
 
-    keys: [B, C, heads, dim] each, not rotated, because the reference frame moves along with the stream;
-    values: [B, C, heads, dim] each; rows, columns: the token grid of a latent frame. The first rows * columns tokens
-    are the reference frame, the others (packed motion) stay where they are. version: how many there were before it in
-    this stream, so that a cache knows whose it holds.
+    Of the C tokens the first n = rows * columns are the reference frame, which moves along with the stream; the others
+    (packed motion) stay where they are.
+
+    keys: [B, n, heads, dim] each, of the reference frame, not rotated; motion_keys: [B, C - n, heads, dim] each,
+    rotated for good; values: [B, C, heads, dim] each; the latter two in the type of the caches they are for. rows,
+    columns: the token grid of a latent frame. version: how many there were before it in this stream, so that a cache
+    knows whose it holds.
     """
 
     keys: list[Tensor]
+    motion_keys: list[Tensor]
     values: list[Tensor]
     rows: int
     columns: int
@@ -30,7 +35,7 @@ class Conditioning:
     @property
     def tokens(self) -> int:
         """C."""
-        return self.keys[0].shape[1]
+        return self.values[0].shape[1]
 
     @property
     def tokens_per_frame(self) -> int:
@@ -73,7 +78,7 @@ class KVCache:
         return cls(keys, values, conditioning.tokens, ring)
 
     def condition(self, conditioning: Conditioning, table: Tensor, reference_position: int) -> None:
-        """Overwrite the conditioning part, in place; the ring stays. table: rotations [C, dim / 2, 2] of all tokens."""
+        """Overwrite the conditioning part, in place; the ring stays. table: as `turn_reference` takes it."""
         tokens = self.conditioning_tokens
         if conditioning.tokens != tokens:
             raise ValueError(f"cache made for {tokens} conditioning tokens, got {conditioning.tokens}")
@@ -85,7 +90,8 @@ class KVCache:
     def condition_layer(self, layer: int, conditioning: Conditioning, table: Tensor) -> None:
         """Of one layer whose buffer is here."""
         tokens = self.conditioning_tokens
-        store(apply_rope(conditioning.keys[layer], table), self.keys[layer][:, :tokens])
+        self.turn_reference(layer, conditioning, table)
+        store(conditioning.motion_keys[layer], self.keys[layer][:, conditioning.tokens_per_frame : tokens])
         store(conditioning.values[layer], self.values[layer][:, :tokens])
 
     def move_reference(self, conditioning: Conditioning, table: Tensor, position: int) -> None:
@@ -96,9 +102,8 @@ class KVCache:
         self.reference_position = position
 
     def turn_reference(self, layer: int, conditioning: Conditioning, table: Tensor) -> None:
-        """Of one layer whose buffer is here. table: rotations of its tokens, the first of all; what follows is left."""
-        tokens = conditioning.tokens_per_frame
-        store(apply_rope(conditioning.keys[layer][:, :tokens], table[:tokens]), self.keys[layer][:, :tokens])
+        """Of one layer whose buffer is here. table: rotations [n, dim / 2, 2] of the reference's tokens."""
+        store(apply_rope(conditioning.keys[layer], table), self.keys[layer][:, : conditioning.tokens_per_frame])
 
     def append(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Write a block into the ring, in place, and give all keys and values it may look at.
@@ -131,8 +136,8 @@ class KVCache:
 class Turn:
     """A pass through the layers of a network, as far as its memory is concerned.
 
-    layer: which it is about to enter; table: rotations [C, dim / 2, 2] of the conditioning for this pass, where layers
-    of the cache are away; start, tokens: the block, as `KVCache.slots` takes it.
+    layer: which it is about to enter; table: rotations [n, dim / 2, 2] of the reference for this pass, where layers of
+    the cache are away; start, tokens: the block, as `KVCache.slots` takes it.
     """
 
     layer: int
@@ -167,4 +172,11 @@ def room(tokens: int) -> int:
 
 def store(x: Tensor, into: Tensor) -> None:
     """Copy x, in place; what is too large for e4m3 becomes its largest number."""
-    into.copy_(x.clamp(-LARGEST, LARGEST) if into.dtype == FLOAT8 else x)
+    into.copy_(x.clamp(-LARGEST, LARGEST) if into.dtype == FLOAT8 and x.dtype != FLOAT8 else x)
+
+
+def stored(x: Tensor, float8: bool) -> Tensor:
+    """A copy of x as a cache would hold it."""
+    copy = torch.empty_like(x, dtype=FLOAT8 if float8 else x.dtype, memory_format=torch.contiguous_format)
+    store(x, copy)
+    return copy

@@ -81,7 +81,8 @@ class Rings:
         layers: of that network; steps: denoising steps; blocks: that a ring holds, the one being made included, so
             each block replaces 1 / blocks of it and looks at all.
         ring_bytes: keys and values of one ring; conditioning_bytes: of what stands in front of each, and is kept once
-            more for each layer as it was before rotation.
+            more for each layer; reference_bytes: the part of the latter that stays in 16 bits, as it was before
+            rotation. New conditioning is made while the old one is still in use.
     """
 
     layers: int
@@ -89,6 +90,7 @@ class Rings:
     blocks: int
     ring_bytes: int
     conditioning_bytes: int
+    reference_bytes: int
     name: str = "rings"
 
 

@@ -65,7 +65,8 @@ class _Pages(mmap.mmap):
     @classmethod
     def locked(cls, bytes_: int) -> Tensor:
         """uint8 [bytes_], zeros. Raises: MemoryError."""
-        pages = cls(-1, bytes_)
+        # Private: pages that processes share would be small ones.
+        pages = cls(-1, bytes_, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError, AttributeError):
             pages.madvise(mmap.MADV_HUGEPAGE)  # locking is work for each page
         memory = torch.frombuffer(pages, dtype=torch.uint8)

@@ -25,17 +25,18 @@ MATRIX_EFFICIENCY = 0.80
 """Of the rate of 8192-wide products in a first burst: what is left at 3,168 rows, of a card that is warm. Measured."""
 CONVOLUTION_SHARE = 0.5
 """Of the rate of bf16 products: the decoder in channels_last_3d, compiled. Measured on an H200."""
-ATTENTION8_GAIN = 1.35
-"""Attention over keys and values in 8 bits, where a card multiplies such numbers. Measured on an H200."""
+ATTENTION8_GAIN = 1.2
+"""Attention over keys and values in 8 bits, where a card multiplies such numbers: within a step, of a card at its limit
+of power. Measured on H200s."""
 NARROW_SLOWDOWN = 1.08
 """A part that works in small pieces. The decoder took 71 to 74 ms a block on an H200, and 67 with a block at once."""
 LAUNCH_S = 6e-6
 """Of the host, for a kernel. Assumed; 26,000 of them in 346 ms (the reference) are 13 us each."""
-STREAM_EFFICIENCY = 0.8
-"""Of the link's rate while kernels run and both directions are in use. Measured: 0.77 with rings, 0.87 with weights."""
-HIDING = 8
+STREAM_EFFICIENCY = 0.92
+"""Of the link's rate while kernels run and both directions are in use. Measured on an H200."""
+HIDING = 12
 """Copies hide behind kernels, and the other way round, where one of them takes much less time; where both take the
-same, each waits now and then: 9 % in all. From a simulation of layers and rings that share a link."""
+same, each waits now and then: 6 % in all. Fitted to budgets of 12, 24 and 48 GiB on an H200."""
 DEQUANTISE_BYTES, DEQUANTISE_KV_BYTES = 5, 3
 """Moved for each weight where a card multiplies no 8-bit matrices (read 1, write 2, read 2); for each key or value."""
 
@@ -450,6 +451,11 @@ class _Case:
         self.ring_layers = rings.layers if rings else 0
         self.ring_bytes = int(rings.ring_bytes * scale) if rings else 0
         self.conditioning_bytes = int(rings.conditioning_bytes * scale) if rings else 0
+        self.kept_bytes = 0
+        """Of conditioning as it is kept: keys that are still to be rotated in 16 bits, the rest as rings have it."""
+        if rings:
+            moving = rings.reference_bytes
+            self.kept_bytes = rings.layers * int(moving + (rings.conditioning_bytes - moving) * scale)
         self.step_seconds = self._step_seconds()
 
     # Memory.
@@ -473,13 +479,14 @@ class _Case:
         if self.rings and r < self.ring_layers:
             block = self.ring_bytes // self.rings.blocks
             slots = one + (ARRIVING * (self.rings.blocks - 1) + LEAVING) * block
-        kept = self.ring_layers * (self.rings.conditioning_bytes if self.rings else 0)  # as it was made, in 16 bits
-        return kept + slots + r * self.steps * one, (self.ring_layers - r) * self.steps * self.ring_bytes
+        return self.kept_bytes + slots + r * self.steps * one, (self.ring_layers - r) * self.steps * self.ring_bytes
 
     def workspace(self, network: Network, narrow: bool) -> int:
         size = network.least_workspace_bytes if narrow and network.least_workspace_bytes else network.workspace_bytes
         if network.when is When.STEP:
             size += (self.together - 1) * network.waiting_bytes
+        if network is self.layered and self.together == 1:
+            size += self.kept_bytes  # of new conditioning, whose block can still be taken back
         if network is self.layered and self.rings and self.cache is Precision.FP8 and not self.card.float8_tflops:
             size += self.rings.ring_bytes + self.rings.conditioning_bytes  # one ring in 16 bits, to be attended to
         return int(size * ALLOCATOR)
@@ -491,7 +498,9 @@ class _Case:
         link = self.card.link_gb_s * 1e9 * STREAM_EFFICIENCY
         bf16 = self.card.bf16_tflops * 1e12
         places: list[Place] = []
-        weights = session = pinned = working = starting = 0
+        weights = pinned = working = starting = 0
+        # New conditioning begins with a block, and those that are in flight before it still need the old one.
+        session = self.kept_bytes if self.together > 1 else 0
         seconds = 0.0
         for network in [*self.starting, *self.blocks, *self.stepping]:
             size = self.network_bytes(network) - (sum(self.layer_bytes) if network is self.layered else 0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from audio.errors import AvatardError
 from avatar.attention import apply_rope, attention, rope_table, sampled_positions
-from avatar.cache import Conditioning, KVCache, Turn
+from avatar.cache import Conditioning, KVCache, Turn, stored
 from avatar.live_avatar.audio_encoder import AudioTokens, CausalAudioEncoder
 from avatar.sampling import PREFILL_POSITION, Enter, Pass, in_lockstep
 
@@ -444,6 +444,10 @@ class CausalDiT(nn.Module):
         """Rotations [frames * rows * columns, dim / 2, 2] of the tokens of latent frames f0, f0 + 1, ..."""
         return rope_table(range(f0, f0 + frames), range(rows), range(columns), self.config.head_dim, device)
 
+    def reference_rope(self, conditioning: Conditioning, position: int) -> Tensor:
+        """Rotations [n, dim / 2, 2] of the reference frame's tokens at that frame position."""
+        return self.block_rope(position, 1, conditioning.rows, conditioning.columns, conditioning.keys[0].device)
+
     def conditioning_rope(
         self, reference_position: int, rows: int, columns: int, device: torch.device | None = None
     ) -> Tensor:
@@ -474,14 +478,17 @@ class CausalDiT(nn.Module):
             x = torch.cat([x, self.motion_tokens(motion)], dim=1)
         _, e0 = self.modulation(torch.zeros(1, device=x.device))
         rope = self.conditioning_rope(PREFILL_POSITION, rows, columns, x.device)
-        kept = Conditioning([], [], rows, columns)
+        kept = Conditioning([], [], [], rows, columns)
+        n = kept.tokens_per_frame
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-            kept.keys.append(k)
-            kept.values.append(v)
+            turned = apply_rope(k, rope)
+            kept.keys.append(k[:, :n].clone())
+            kept.motion_keys.append(stored(turned[:, n:], self.float8_cache))
+            kept.values.append(stored(v, self.float8_cache))
             if len(kept.keys) == len(self.blocks):
                 return None
-            return attention(apply_rope(q, rope), apply_rope(k, rope), v)
+            return attention(apply_rope(q, rope), turned, v)
 
         for i, block in enumerate(self.blocks):
             x = block(x, e0, attend, text[i] if text else None)
@@ -495,10 +502,7 @@ class CausalDiT(nn.Module):
 
     def condition(self, cache: KVCache, conditioning: Conditioning) -> None:
         """Give a cache new conditioning of the same size, in place; its ring stays (re-anchoring)."""
-        rope = self.conditioning_rope(
-            PREFILL_POSITION, conditioning.rows, conditioning.columns, conditioning.keys[0].device
-        )
-        cache.condition(conditioning, rope, PREFILL_POSITION)
+        cache.condition(conditioning, self.reference_rope(conditioning, PREFILL_POSITION), PREFILL_POSITION)
 
     def step(self, *arguments: Any, **options: Any) -> Tensor:
         """As `step_by_layer`, all layers at once."""
@@ -535,7 +539,7 @@ class CausalDiT(nn.Module):
         x = self.embed(x, pose)
         rope = self.block_rope(f0, frames, rows, columns, x.device)
         if cache.reference_position != reference_position:
-            moved = self.block_rope(reference_position, 1, rows, columns, x.device)
+            moved = self.reference_rope(conditioning, reference_position)
             cache.move_reference(conditioning, moved, reference_position)
         start = f0 * rows * columns
         turn = self.turn(cache, conditioning, start, x.shape[1])
@@ -565,10 +569,8 @@ class CausalDiT(nn.Module):
         """A pass before its first layer, its cache's reference in place."""
         table = None
         if cache.away:
-            position = cache.reference_position
-            assert position is not None
-            device = conditioning.keys[0].device
-            table = self.conditioning_rope(position, conditioning.rows, conditioning.columns, device)
+            assert cache.reference_position is not None
+            table = self.reference_rope(conditioning, cache.reference_position)
         return Turn(0, cache, conditioning, table, start, tokens)
 
     def injection(self, audio: list[Injection | AudioTokens], j: int) -> Injection:

@@ -139,14 +139,12 @@ class FusedStep:
 
     def move_reference(self, cache: KVCache, conditioning: Conditioning, position: int) -> None:
         """As `KVCache.move_reference`."""
-        tokens = conditioning.tokens_per_frame
-        keys = conditioning.keys
-        table = self.dit.block_rope(position, 1, conditioning.rows, conditioning.columns, keys[0].device)
-        for layer, k in enumerate(keys):
+        table = self.dit.reference_rope(conditioning, position)
+        for layer, k in enumerate(conditioning.keys):
             if layer in cache.away:
                 continue
             # Rounded as rings are that come from the host: to the type of the stream first.
-            store(rotate(k[0, :tokens].flatten(1), table).view(1, *k[0, :tokens].shape), cache.keys[layer][:, :tokens])
+            store(rotate(k[0].flatten(1), table).view(k.shape), cache.keys[layer][:, : k.shape[1]])
         cache.reference_position = position
 
 

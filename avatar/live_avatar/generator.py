@@ -620,7 +620,7 @@ class LiveAvatar:
     def snapshot(self, state: Session) -> Session:
         """`state` without what `resume` makes again: prompt, conditioning, rings, noise and the decoder's memory."""
         streams = self.options.decoding is Decoding.STREAM
-        nothing = Conditioning([], [], 0, 0)
+        nothing = Conditioning([], [], [], 0, 0)
         return replace(
             state,
             times=[],

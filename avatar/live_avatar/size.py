@@ -190,6 +190,7 @@ class Shape:
                 self.ring_blocks,
                 ring_bytes=self.ring_blocks * self.queries * kv_bytes,
                 conditioning_bytes=self.conditioning * kv_bytes,
+                reference_bytes=self.tokens * kv_bytes // 2,
             ),
             Network(
                 "VAE decoder",

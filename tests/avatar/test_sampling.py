@@ -165,7 +165,7 @@ def test_a_block_takes_each_level_with_its_own_cache(steps: int, merge_last_step
     levels = sigmas(steps, merge_last_step=merge_last_step)
     count = steps - merge_last_step
     caches = [KVCache([], [], 0) for _ in range(count)]
-    conditioning = Conditioning([], [], 0, 0, version=1)
+    conditioning = Conditioning([], [], [], 0, 0, version=1)
     positions = list(range(30, 30 + count))
     times = step_modulations(dit, levels)
     latents = denoise_block(dit, noise, conditioning, caches, levels, times, [], [], 3, positions)
@@ -178,7 +178,7 @@ def test_passes_go_through_a_layer_together() -> None:
 
     def layers(name: str, count: int) -> Pass:
         for i in range(count):
-            yield Turn(i, KVCache([], [], 0), Conditioning([], [], 0, 0), None, 0, 0)
+            yield Turn(i, KVCache([], [], 0), Conditioning([], [], [], 0, 0), None, 0, 0)
             seen.append((name, i))
         return torch.tensor(count)
 

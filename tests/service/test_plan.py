@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_one_line_and_exit_status_2(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["plan", MODEL, "--gpu", "h200", "--vram", "8GiB"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("avatard: H200 is short of 2.5 GiB")
+    assert capsys.readouterr().err.startswith("avatard: H200 is short of 1.7 GiB")
 
 
 def test_a_model_that_needs_no_gpu_has_nothing_to_place():

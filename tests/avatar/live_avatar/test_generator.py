@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from audio.chunk import AudioBlock
 from audio.wav2vec import SpeechState, SpeechStream
+from avatar.attention import apply_rope
 from avatar.demand import Schedule
 from avatar.live_avatar.dit import ConfigMismatch, DiTConfig
 from avatar.live_avatar.generator import (
@@ -152,9 +153,14 @@ def test_the_real_time_pipeline_gives_the_references_latents_and_frames(networks
             first = 3 * (2 * clip + b)
             close(latents[:, first : first + 3], case[f"latents.c{clip}.b{b}"])
     close(state.anchor, case["prefill1.ref_latents"])
-    for layer, keys in enumerate(case["prefill1.cond_k"]):
-        close(state.conditioning.keys[layer][0], keys)
-        close(state.conditioning.values[layer][0], case["prefill1.cond_v"][layer])
+    given, keys = state.conditioning, case["prefill1.cond_k"]
+    n = given.tokens_per_frame
+    close(torch.cat(given.keys), keys[:, :n])
+    close(
+        torch.cat(given.motion_keys),
+        apply_rope(keys[:, n:], model.dit.conditioning_rope(30, given.rows, given.columns)[n:]),
+    )
+    close(torch.cat(given.values), case["prefill1.cond_v"])
     check_frames(frames, case)
 
 
