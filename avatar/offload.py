@@ -2,8 +2,8 @@
 
 Weights are only read: one copy of each layer lies in page-locked memory, and two places on the device hold the layer at
 work and the one that is arriving. A ring is read whole and written in one place: a few are on their way at a time, and
-only the block that was made goes back. All copies run beside the computation, in streams of their
-own; who computes waits for them on the device, never on the host.
+only the block that was made goes back. All copies run beside the computation, in streams of their own; who computes
+waits for them on the device, never on the host.
 
 The networks do not know of it. `stream_layers` puts a list in the place of a network's list of layers that brings in
 what is asked for; `stream_rings` is told by the passes which layer they are about to enter.
