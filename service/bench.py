@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from audio.errors import AvatardError
 from service.config import Settings, reference_yaml
 from service.run import RunRequest, RunResult, Watcher, run
+from streaming.engine_process import child_environment
 
 if TYPE_CHECKING:
     from streaming.session import Progress
@@ -71,8 +72,7 @@ def stages(settings: Settings, blocks: int = 30) -> dict[str, float]:
         return {}
     steps = [] if settings.model.steps is None else [f"--steps={settings.model.steps}"]
     command = [sys.executable, "-P", "-m", "avatar.pocket.stages", f"--blocks={blocks}", *steps]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    process = subprocess.run(command, capture_output=True, text=True, env=child_environment(), check=True)
     found: dict[str, float] = json.loads(process.stdout)
     return found
 

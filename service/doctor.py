@@ -26,6 +26,7 @@ from typing import Any, Literal
 from audio.errors import AvatardError
 from service.config import Settings
 from service.models import known_models, resolve_model
+from streaming.engine_process import child_environment
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -43,12 +44,29 @@ SLOW_MB_S = 20.0
 LITTLE_MEMORY = 2e9
 FEW_FILES = 1024
 
+SLOW_LINK_GB_S = 10.0
+"""A card in a narrow slot: what is streamed to it for want of memory then takes several times as long."""
+
+SPEED_BLOCKS = 5
+SPEED_S = 60.0
+POCKET_BLOCK_MS = 480.0
+LIVE_SHARE = 0.7
+"""Of its length a block of the embedded model may take: on air its first frames are made apart, beside an encoder."""
+
 ASK_TORCH = """
-import json, torch
+import json, time, torch
 devices = []
 for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
     free, total = torch.cuda.mem_get_info(i)
-    devices.append({"name": torch.cuda.get_device_name(i), "free": free, "total": total})
+    here, took = torch.empty(1 << 27, dtype=torch.uint8, pin_memory=True), []
+    there = torch.empty_like(here, device=f"cuda:{i}")
+    for _ in range(4):
+        torch.cuda.synchronize(i)
+        began = time.perf_counter()
+        there.copy_(here, non_blocking=True)
+        torch.cuda.synchronize(i)
+        took.append(time.perf_counter() - began)
+    devices.append({"name": torch.cuda.get_device_name(i), "total": total, "link_gb_s": here.nbytes / min(took) / 1e9})
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
                   "available": torch.cuda.is_available(), "devices": devices, "threads": torch.get_num_threads()}))
 """
@@ -83,7 +101,9 @@ Run = Callable[[Sequence[str], float], "tuple[int, str, str]"]
 
 
 def run_program(command: Sequence[str], limit_s: float) -> tuple[int, str, str]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
+    # As a model's process has it: how fast one is depends on that.
+    own = child_environment()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL, env=own)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -104,6 +124,7 @@ def examine(load: Callable[[], Settings], run: Run = run_program) -> Iterator[Fi
         return
     yield from _secrets(settings)
     yield from _weights(settings)
+    yield from _speed(settings, run)
     yield from _encoders(settings, isinstance(gpus, list) and bool(gpus))
     yield from _voice(settings, run)
     running = _running(settings)
@@ -200,6 +221,19 @@ def _torch(gpus: list[Gpu] | str, run: Run) -> Iterator[Finding]:
     else:
         used = ", ".join(f"{device['name']} ({_gb(device['total'])})" for device in told["devices"])
         yield Finding("torch", "ok", f"{found}; " + (used or f"{told['threads']} threads"))
+        yield from _links(told["devices"])
+
+
+def _links(devices: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    if not devices:
+        return
+    found = ", ".join(f"{device['link_gb_s']:.1f} GB/s to {device['name']}" for device in devices)
+    if min(device["link_gb_s"] for device in devices) < SLOW_LINK_GB_S:
+        yield Finding(
+            "link", "warning", found, "a full slot (16 lanes, PCIe 4 or 5) streams weights several times faster"
+        )
+    else:
+        yield Finding("link", "ok", found)
 
 
 def _memory() -> Iterator[Finding]:
@@ -310,6 +344,34 @@ def _is_whole(file: Path) -> bool:
         return bool(file.stat().st_size == 8 + length + max(ends, default=0))
     except (OSError, ValueError, struct.error, KeyError, TypeError, IndexError):
         return False
+
+
+def _speed(settings: Settings, run: Run) -> Iterator[Finding]:
+    """Of the embedded model, which is small enough to be tried; `avatard plan` answers for the other."""
+    if settings.model.name != "pocket":
+        return
+    steps = [] if settings.model.steps is None else [f"--steps={settings.model.steps}"]
+    command = [sys.executable, "-P", "-m", "avatar.pocket.stages", f"--blocks={SPEED_BLOCKS}", *steps]
+    try:
+        status, out, errors = run(command, SPEED_S)
+        taken = sum(json.loads(out).values()) if status == 0 else None
+    except subprocess.TimeoutExpired:
+        yield Finding(
+            "speed", "warning", f"{SPEED_BLOCKS} blocks were not made in {SPEED_S:g} s", "is the machine busy?"
+        )
+        return
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        yield Finding("speed", "warning", f"could not be measured ({error})")
+        return
+    if taken is None:
+        yield Finding("speed", "warning", f"could not be measured ({_last_line(errors)})")
+        return
+    found = f"pocket takes {taken:.0f} ms for a block of {POCKET_BLOCK_MS:.0f} ms"
+    if taken > LIVE_SHARE * POCKET_BLOCK_MS:
+        mend = "files are made all the same; on air pictures will be held: more cores, or a processor with AVX512-BF16"
+        yield Finding("speed", "warning", found, mend)
+    else:
+        yield Finding("speed", "ok", found)
 
 
 def _encoders(settings: Settings, gpu: bool) -> Iterator[Finding]:

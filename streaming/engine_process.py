@@ -81,7 +81,7 @@ class ModelProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 pass_fds=(frames, snapshots),
-                env=_child_environment(),
+                env=child_environment(),
                 # Ctrl-C is for us: the model goes on until the part of the file is whole.
                 start_new_session=True,
             )
@@ -323,7 +323,7 @@ A block of pocket faulted in 27,000 pages, a tenth to a seventh of its time on t
 """
 
 
-def _child_environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The child's environment: our packages, memory that is kept, and OpenMP threads that spin a little, then sleep."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))

@@ -19,9 +19,15 @@ from service.doctor import Finding, examine, worst
 
 TORCH = {"version": "2.13.0", "cuda": "13.0", "hip": None, "available": True, "devices": [], "threads": 2}
 GPU = "NVIDIA H200, 580.1, 143771, 143000\n"
+STAGES = {"transformer": 50.0, "decoder": 150.0}
 
 
-def programs(smi: str | Exception | None = None, torch: dict | Exception | str = TORCH, espeak: bool = True):
+def programs(
+    smi: str | Exception | None = None,
+    torch: dict | Exception | str = TORCH,
+    espeak: bool = True,
+    stages: dict | Exception | str = STAGES,
+):
     """What the programs that are asked answer. smi: None is a machine without a GPU."""
 
     def run(command, limit_s):
@@ -36,7 +42,8 @@ def programs(smi: str | Exception | None = None, torch: dict | Exception | str =
             case "espeak-ng":
                 answer = "eSpeak NG text-to-speech: 1.51  Data at: /usr/lib/espeak-ng-data"
             case _:
-                answer = json.dumps(torch) if isinstance(torch, dict) else torch
+                answer = stages if "avatar.pocket.stages" in command else torch
+                answer = json.dumps(answer) if isinstance(answer, dict) else answer
         if isinstance(answer, Exception):
             raise answer
         return 0, answer, ""
@@ -93,6 +100,31 @@ def test_the_memory_of_each_gpu_is_told(look):
     assert look(run=programs("Orin, 1, [N/A], [N/A]\n"))["gpu"].level == "ok"
 
 
+def test_the_rate_of_the_link_to_each_gpu_is_told(look):
+    def linked(*rates: float):
+        devices = [{"name": "H200", "total": 1.5e11, "link_gb_s": rate} for rate in rates]
+        return look(run=programs(GPU, TORCH | {"devices": devices}))["link"]
+
+    assert (linked(55.31).level, linked(55.31).found) == ("ok", "55.3 GB/s to H200")
+    assert linked(55.3, 3.2).level == "warning"
+    assert "full slot" in linked(3.2).mend
+
+
+@pytest.mark.parametrize(
+    ("stages", "level", "said"),
+    [
+        ({"transformer": 50.0, "decoder": 160.4}, "ok", "pocket takes 210 ms for a block of 480 ms"),
+        ({"decoder": 371.0}, "warning", "371 ms"),
+        (subprocess.TimeoutExpired("python", 60), "warning", "not made in 60 s"),
+        ("no numbers", "warning", "could not be measured"),
+    ],
+)
+def test_whether_the_embedded_model_is_fast_enough_for_a_broadcast_is_tried(look, stages, level, said):
+    found = look(run=programs(stages=stages))["speed"]
+    assert found.level == level
+    assert said in found.found
+
+
 @pytest.mark.parametrize(
     ("torch", "said"),
     [
@@ -109,8 +141,9 @@ def test_a_torch_that_cannot_be_asked_is_a_line(look, torch, said):
 
 def test_a_torch_that_crashes_is_a_line(look):
     def run(command, limit_s):
-        return (-11, "", "") if "-c" in command else programs()(command, limit_s)
+        return (-11, "", "") if sys.executable in command else programs()(command, limit_s)
 
+    assert look(run=run)["speed"].level == "warning"
     assert look(run=run)["torch"].found == "ends by signal 11"
 
 
