@@ -47,9 +47,13 @@ def joined(block: Block) -> nn.Module:
 
 
 def fuse(dit: CausalDiT) -> None:
-    """Few kernels instead of many: `avatar.live_avatar.fused`. After `use_float8`, if that is wanted."""
+    """Few kernels instead of many: `avatar.live_avatar.fused`. After `use_float8`, if that is wanted.
+
+    Joins the weights of queries, keys and values of each block, unless that was done (`dit.joined`).
+    """
     from avatar.live_avatar.fused import FusedStep
 
+    dit.joined = dit.joined or [joined(block) for block in dit.blocks]
     dit.step_by_layer = FusedStep(dit)  # type: ignore[method-assign]
 
 

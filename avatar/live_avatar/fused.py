@@ -16,22 +16,16 @@ from avatar.cache import Conditioning, KVCache, store
 from avatar.kernels import Norm, Rounded, gelu, residual_norm, rotate, split_heads
 from avatar.live_avatar.audio_encoder import AudioTokens
 from avatar.live_avatar.dit import Attention, Block, CausalDiT, Injection, TextKV
-from avatar.live_avatar.fast import joined
 from avatar.quantize import Float8Linear
 from avatar.sampling import Pass
 
 
 class FusedStep:
-    """`CausalDiT.step_by_layer` of that network, whose weights may be 8-bit or not; batch 1.
-
-    Joins the weights of queries, keys and values of each block, unless that was done (`dit.joined`).
-    """
+    """`CausalDiT.step_by_layer` of that network, joined (`dit.joined`), whose weights may be 8-bit or not; batch 1."""
 
     def __init__(self, dit: CausalDiT) -> None:
         self.dit = dit
         self.float8 = isinstance(dit.blocks[0].ffn[0], Float8Linear)
-        if not dit.joined:
-            dit.joined = [joined(block) for block in dit.blocks]
         self.qkv = dit.joined
         # A layer that is brought in is gone again when the next but one is there: hence the copies.
         self.modulations = torch.cat([block.modulation.data.float().clone() for block in dit.blocks])
