@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections import deque
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -314,9 +315,11 @@ class RingStream:
     anew for each layer, from the one that all steps share, and for each pass the reference, which each may see
     elsewhere.
 
+    Memory of the host is kept when a stream has ended, for the next one: to lock it takes seconds.
+
     Args:
         away: layers whose rings live on the host; blocks: that a ring holds.
-        device: where they work; inward, outward: the link's two directions.
+        device: where they work; inward, outward: the link's two directions; before: what it takes the place of.
     """
 
     def __init__(
@@ -326,6 +329,7 @@ class RingStream:
         device: torch.device,
         inward: Link | None = None,
         outward: Link | None = None,
+        before: RingStream | None = None,
     ) -> None:
         self._away, self._blocks = sorted(away), blocks
         self._inward, self._outward = inward or link_to(device), outward or link_to(device)
@@ -340,6 +344,8 @@ class RingStream:
         self._busy: _Busy | None = None
         self._home: list[Any] = []
         """When all that passes before these have made is on the host."""
+        self._spare: dict[Any, list[tuple[Tensor, Tensor]]] = before._spare if before else defaultdict(list)
+        """Rings on the host whose stream has ended, by what fits there."""
 
     def new_cache(self, conditioning: Conditioning, ring_frames: int, float8: bool) -> KVCache:
         """An empty cache whose rings live where they should."""
@@ -367,7 +373,10 @@ class RingStream:
         keys = cache.keys[layer]
         batch, _, heads, dim = keys.shape
         sizes = (self._blocks, batch, heads, cache.ring_tokens // self._blocks * dim)
-        cache.away[layer] = (self._on_host(sizes, keys.dtype), self._on_host(sizes, keys.dtype))
+        spare = self._spare[sizes, keys.dtype]
+        ring = spare.pop() if spare else (self._on_host(sizes, keys.dtype), self._on_host(sizes, keys.dtype))
+        cache.away[layer] = ring
+        weakref.finalize(cache, spare.append, ring).atexit = False
 
     def _on_host(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._inward.pinned(math.prod(sizes) * dtype.itemsize).view(dtype).view(sizes)
@@ -520,15 +529,17 @@ def stream_rings(
     device: torch.device,
     inward: Link | None = None,
     outward: Link | None = None,
+    before: RingStream | None = None,
 ) -> RingStream | None:
     """Let the rings of layers that are not resident live on the host; blocks: that a ring holds.
 
-    It may be called again with fewer resident layers; `network.adopt` then brings caches that are there already.
+    It may be called again with fewer resident layers, and with what it gave before; `network.adopt` then brings caches
+    that are there already.
     """
     away = [i for i in range(len(network.blocks)) if i not in resident]
     if not away:
         return None
-    rings = RingStream(away, blocks, device, inward, outward)
+    rings = RingStream(away, blocks, device, inward, outward, before)
 
     def new_cache(conditioning: Conditioning, ring_frames: int) -> KVCache:
         cache = rings.new_cache(conditioning, ring_frames, network.float8_cache)

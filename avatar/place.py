@@ -239,7 +239,7 @@ class Places:
     def _stream_rings(self) -> None:
         assert self._dit is not None
         (blocks,) = (part.blocks for part in self.demand if isinstance(part, Rings))
-        self._rings = stream_rings(self._dit, self._stay["rings"], blocks, self.device)
+        self._rings = stream_rings(self._dit, self._stay["rings"], blocks, self.device, before=self._rings)
 
 
 def _memory(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,6 +196,23 @@ def test_after_a_pass_was_broken_off_the_next_one_is_right(expected):
     dit.blocks[3]
     for ours, theirs in zip(speak(dit, 5, wavefront=False), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_stream_takes_over_the_memory_of_one_that_has_ended(expected):
+    dit, link = transformer(), LateLink()
+
+    def spoken() -> int:
+        for ours, theirs in zip(speak(dit, 5, wavefront=False), expected, strict=True):
+            assert torch.equal(ours, theirs)
+        gc.collect()
+        return link.bytes
+
+    rings = stream_rings(dit, (2,), 2, CPU, link, LateLink())
+    taken = spoken()
+    assert spoken() == taken > 0
+    # Placed anew, all of them away: of five rings four are there.
+    stream_rings(dit, (), 2, CPU, link, LateLink(), before=rings)
+    assert spoken() == taken * 5 / 4
 
 
 def test_what_comes_for_a_call_finds_there_what_it_is_given(monkeypatch):
