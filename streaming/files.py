@@ -43,7 +43,7 @@ class _OnDisk:
     """What all outputs on the disk do alike: whatever may wait for the disk happens in a thread of their own."""
 
     live: ClassVar[bool] = False
-    pending_s = 0.0
+    pending_s, failed = 0.0, False
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -345,7 +345,7 @@ class SegmentSink:
     """
 
     live: ClassVar[bool] = False
-    pending_s = 0.0
+    pending_s, failed = 0.0, False
 
     def __init__(self, path: Path, seconds: float, now: Callable[[], datetime] = datetime.now) -> None:
         self.name = f"segment:{seconds:g}:{path}"

@@ -239,7 +239,8 @@ class Lane:
 
     def _accept(self, packet: Packet) -> None:
         video = _is_picture(packet)
-        if self._behind and self._sink.pending_s <= self._policy.resume_s:
+        if self._behind and (self._sink.failed or self._sink.pending_s <= self._policy.resume_s):
+            # Of one that has failed nothing leaves any more; who writes to it is told.
             self._behind = False
             self._want_keyframe()
         there = self._connected or self._expected or not self._policy.live

@@ -111,6 +111,10 @@ class NetworkSink:
     def pending_s(self) -> float:
         return self._flow.pending_s
 
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
     async def open(self) -> None:
         if self._scheme == "srt":
             _check_protocol(self._scheme)

@@ -44,6 +44,11 @@ class Sink(Protocol):
         """Seconds of what was written that have not left this machine yet; 0 for a file."""
         ...
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended by itself; the next write will say why. Never true of a file."""
+        ...
+
     async def open(self) -> None:
         """Try the target, before any model works. Raises: SinkError."""
         ...

@@ -82,7 +82,7 @@ class NullSink:
     """Counts what it is given and keeps nothing: for measuring."""
 
     live: ClassVar[bool] = False
-    pending_s = 0.0
+    pending_s, failed = 0.0, False
 
     def __init__(self) -> None:
         self.name = "null://"

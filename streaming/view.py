@@ -136,7 +136,7 @@ class ViewSink:
     """
 
     live: ClassVar[bool] = True
-    pending_s = 0.0
+    pending_s, failed = 0.0, False
 
     def __init__(self, want_keyframe: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.name = "view"

@@ -29,6 +29,8 @@ T = TypeVar("T")
 BUFFER_BYTES = 32 * 1024
 """What a direction holds of a connection that stands still; the kernel is given as much on the client's side."""
 
+SEGMENT_BYTES = 1400
+
 PIECES_PER_S = 20
 """Into how many pieces a second of a capped line is cut."""
 
@@ -434,6 +436,8 @@ def _listener(port: int, backlog: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Given a size, the kernel does not enlarge it: otherwise it takes in megabytes for a client of a line that stalls.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+    # Segments as on any line: those of loopback are larger than that buffer, and who sends them is stopped for seconds.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
     listener.bind(("127.0.0.1", port))
     listener.listen(backlog)
     listener.setblocking(False)

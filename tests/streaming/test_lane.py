@@ -33,6 +33,8 @@ class Server:
     bandwidth: float = float("inf")
     """Seconds of the stream that it takes in a second."""
     silent: bool = False
+    stalled: bool = False
+    """Its connections have been given up as dead, and what was on its way will never leave."""
     connects_in_s: float = 0.1
     begun_at: list[float] = field(default_factory=list)
     got: list[list[tuple[str, float, bool]]] = field(default_factory=list)
@@ -63,6 +65,10 @@ class Connection:
         self.at = now
         return self.written_s - self.left_s
 
+    @property
+    def failed(self) -> bool:
+        return self.server.stalled
+
     async def open(self) -> None:
         if self.server.silent:
             await asyncio.sleep(5)
@@ -82,6 +88,8 @@ class Connection:
                 await asyncio.sleep(0.02)
             if not self.server.up:
                 raise SinkError(f"{self.name}: connection lost (connection reset by peer)")
+            if self.failed:
+                raise SinkError(f"{self.name}: the server has taken nothing for 4 s")
             time = float(packet.pts * packet.time_base)
             self.written_s += length_s([packet])
             self.server.got[-1].append((packet.stream.type, time, packet.is_keyframe))
@@ -276,6 +284,22 @@ def test_a_target_that_is_too_slow_gets_the_newest_from_keyframe_to_keyframe():
     assert all(frames[number] in keys for number in gaps)
     assert 0.3 < len(frames) / 750 < 0.55
     assert show.lane.status.dropped_frames == 750 - len(frames)
+
+
+def test_a_connection_that_dies_while_the_lane_is_behind_and_writes_nothing_is_made_again():
+    server = Server(bandwidth=0.3)
+
+    async def play(show: Show) -> None:
+        while not (show.lane.status.state == "behind" and 0.3 < show.lane.backlog_s < 0.45):
+            await show.until((show.frames + 1) / FPS)
+        server.bandwidth, server.stalled = 0.0, True
+        await show.until(show.frames / FPS + 0.2)
+        server.bandwidth, server.stalled = float("inf"), False
+        await show.until(show.frames / FPS + 2.0)
+
+    show = on_air(server, play)
+    assert (show.lane.status.state, show.lane.status.reconnects) == ("ended", 1)
+    assert len(server.frames(1)) > FPS
 
 
 def test_a_target_that_was_slow_for_a_moment_loses_nothing():
