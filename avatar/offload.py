@@ -334,8 +334,8 @@ class RingStream:
         self._away, self._blocks = sorted(away), blocks
         self._inward, self._outward = inward or link_to(device), outward or link_to(device)
         self._buffer: tuple[Tensor, Tensor] | None = None
-        self._conditioned: tuple[int, Conditioning, int | None] | None = None
-        """Of which layer the buffer has the conditioning, and for which position of the reference."""
+        self._conditioned: tuple[int | None, Conditioning | None, int | None] = (None, None, None)
+        """Of which layer the buffer has which conditioning, and for which position of the reference."""
         self._arriving: deque[_Slot] = deque()
         """Free ones, that for the next ring first."""
         self._leaving: deque[_Slot] = deque()
@@ -421,7 +421,7 @@ class RingStream:
             slot.free = arrival
             self._arriving.append(slot)
         self._there.clear()
-        self._conditioned = None
+        self._conditioned = (None, None, None)
         self._home = [slot.free for slot in self._leaving]
 
     def _from_here(self, turns: Sequence[Turn], number: int) -> Iterator[tuple[int, int]]:
@@ -434,7 +434,7 @@ class RingStream:
     def _fetch(self, key: tuple[int, int], turn: Turn) -> None:
         """Begin to copy a ring into a free slot."""
         host = turn.cache.away[key[1]]
-        if not self._arriving:
+        if self._buffer is None:
             self._make_slots(turn, host)
         slot, made = self._arriving.popleft(), self._made(turn)
 
@@ -465,12 +465,10 @@ class RingStream:
         cache, layer = turn.cache, turn.layer
         self._busy = _Busy(turn, layer, cache.keys[layer], cache.values[layer])
         cache.keys[layer], cache.values[layer] = self._buffer
-        if self._conditioned is None or (self._conditioned[0], id(self._conditioned[1])) != (
-            layer,
-            id(turn.conditioning),
-        ):
+        there_of, given, position = self._conditioned
+        if there_of != layer or given is not turn.conditioning:
             cache.condition_layer(layer, turn.conditioning, turn.table)
-        elif self._conditioned[2] != cache.reference_position:
+        elif position != cache.reference_position:
             cache.turn_reference(layer, turn.conditioning, turn.table)
         self._conditioned = (layer, turn.conditioning, cache.reference_position)
         self._inward.wait(arrival)
