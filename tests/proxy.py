@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import socket
 import ssl
 import struct
@@ -445,10 +446,17 @@ def _listener(port: int, backlog: int) -> socket.socket:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 where nobody listens at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 where nobody listens, and which the kernel gives to nobody who leaves the choice to it.
+
+    One of those that it does give could be another's before ours is bound: tests run side by side.
+    """
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = range(10_000, 65_536)
+    for port in random.SystemRandom().sample([port for port in ports if not first <= port <= last] or ports, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("of a hundred ports all were taken")
 
 
 def certificate(folder: Path) -> Path:

@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
+from proxy import free_port
 from waiting import until_async
 
 from audio.chunk import AudioChunk
@@ -422,12 +423,6 @@ async def test_a_wrong_source_rate_is_our_own_mistake():
 
 
 # Servers
-
-
-def free_port() -> int:
-    with socket.socket() as it:
-        it.bind(("127.0.0.1", 0))
-        return it.getsockname()[1]
 
 
 @pytest.fixture
