@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import math
 import re
@@ -18,7 +17,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,7 +117,7 @@ class Sessions:
 
     def use(self, settings: Settings) -> None:
         """Go on with these; sessions that are open keep theirs."""
-        self._house = dataclasses.replace(self._house, settings=settings)
+        self._house = replace(self._house, settings=settings)
 
     async def open(self, command: OpenSession) -> Session:
         """Begin a session. It is opening when this returns; its status and the hub say what becomes of it.
@@ -131,7 +130,10 @@ class Sessions:
         self._reserved.add(id)
         try:
             image = await self._picture(command.image)
-            session = Session(id, _Person(image, command.prompt, command.seed), self._house)
+            model = self._house.settings.model
+            prompt = model.prompt if command.prompt is None else command.prompt
+            seed = model.seed if command.seed is None else command.seed
+            session = Session(id, Reference(image, prompt, seed), self._house)
             for target in command.outputs:
                 await session.add_output(target)
             if self._closing:
@@ -205,15 +207,6 @@ class _House:
 
 
 @dataclass
-class _Person:
-    """Who speaks. image: uint8 [H, W, 3], of any size; prompt, seed: None is the settings' own."""
-
-    image: NDArray[np.uint8]
-    prompt: str | None
-    seed: int | None
-
-
-@dataclass
 class _Output:
     """One place a session is sent to.
 
@@ -239,15 +232,15 @@ class _Output:
 
 
 class Session:
-    """One person on air; made by `Sessions.open`.
+    """One person on air, from a picture of any size; made by `Sessions.open`.
 
     error: why it failed, in one line.
     """
 
-    def __init__(self, id: str, person: _Person, house: _House) -> None:
+    def __init__(self, id: str, reference: Reference, house: _House) -> None:
         self.id = id
         self.error: str | None = None
-        self._person = person
+        self._reference = reference
         self._settings, self._engine, self._inputs = house.settings, house.engine, house.inputs
         self._turns, self._hub, self._voice, self._clock = house.turns, house.hub, house.voice, house.clock
         self._who_sends_to = house.who_sends_to
@@ -324,13 +317,12 @@ class Session:
     async def _broadcast(self) -> None:
         with self._turns.live(self._quiet_s):
             spec = await or_stop(self._stop, self._engine.ready())
-            reference = await asyncio.to_thread(self._reference, self._person, spec.width, spec.height)
             # Of what may have been 80 megapixels nothing else is needed.
-            self._person.image = reference.image
+            self._reference = await asyncio.to_thread(_covering, self._reference, spec.width, spec.height)
             self._live = LiveSession(
                 self._speaking.source,
                 self._open_model,
-                reference,
+                self._reference,
                 [self._lane_of_view()],
                 encoder_settings=self._encoder_settings(),
                 metadata=metadata(self._settings, f"{self.id}, live"),
@@ -376,12 +368,6 @@ class Session:
         )
         self._models.add(model)
         return model
-
-    def _reference(self, person: _Person, width: int, height: int) -> Reference:
-        model = self._settings.model
-        prompt = model.prompt if person.prompt is None else person.prompt
-        seed = model.seed if person.seed is None else person.seed
-        return Reference(cover(person.image, width, height), prompt, seed)
 
     def _encoder_settings(self) -> EncoderSettings:
         live, encoder = self._settings.live, self._settings.encoder
@@ -490,6 +476,7 @@ class Session:
     async def set(self, image: Source | None, prompt: str | None) -> None:
         """Another picture, another prompt, or both, from the next block on; all else stays as it is.
 
+        The hub is told "changed" once the model has made a block of it, and "not changed" where it could not.
         Raises: Refusal: not on air yet, changing already, or what is wrong with the picture. AvatardError: the model
         refuses it. The session goes on as it was, then.
         """
@@ -500,16 +487,15 @@ class Session:
             raise Refusal("conflict", f"session {self.id}: is being changed already; try again then", 1.0)
         self._changing = True
         try:
-            person = dataclasses.replace(self._person)
+            reference = self._live.reference
             if image is not None:
-                person.image = await _read(await self._inputs.fetch(image, "image"), self._settings)
+                height, width, _ = reference.image.shape
+                picture = await _read(await self._inputs.fetch(image, "image"), self._settings)
+                reference = await asyncio.to_thread(_covering, replace(reference, image=picture), width, height)
             if prompt is not None:
-                person.prompt = prompt
-            spec = await self._engine.ready()
-            reference = await asyncio.to_thread(self._reference, person, spec.width, spec.height)
+                reference = replace(reference, prompt=prompt)
             self._check_open()
             await or_stop(self._stop, self._live.set(reference))
-            self._person = dataclasses.replace(person, image=reference.image)
         except Stopped:
             self._check_open()
         finally:
@@ -655,6 +641,11 @@ async def _read(path: Path, settings: Settings) -> NDArray[np.uint8]:
         return await asyncio.to_thread(lambda: read_image(path.expanduser(), settings))
     except AvatardError as error:
         raise Refusal("invalid", str(error)) from error
+
+
+def _covering(reference: Reference, width: int, height: int) -> Reference:
+    """Its picture in the model's size."""
+    return replace(reference, image=cover(reference.image, width, height))
 
 
 def _plain(value: Any) -> Any:

@@ -144,6 +144,14 @@ class _Block:
     """Made, being made, or given up: the model need not look at it."""
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A model, and what it was opened on."""
+
+    model: LiveModel
+    reference: Reference
+
+
 class LiveSession:
     """One person on air.
 
@@ -183,7 +191,10 @@ class LiveSession:
         self._needs: deque[float] = deque(maxlen=RECENT_STEPS)
         """How long before its first frame was due a block had to be begun, for each of its frames to be in time."""
         self._redo_from: int | None = None
-        self._replacement: LiveModel | None = None
+        self._replacement: _Opened | None = None
+        """What `set` has opened, to be at work from the next block on."""
+        self._previous: _Opened | None = None
+        """What was at work before it, until the other has made its first block."""
         self._source_ended = False
         self._ended = asyncio.Event()
         self._news = asyncio.Event()
@@ -278,16 +289,22 @@ class LiveSession:
         self._taken.set()
         return Interruption(self._played / LISTENER_RATE, dropped / LISTENER_RATE)
 
+    @property
+    def reference(self) -> Reference:
+        """What it was begun with, or the last that `set` took: at work, or to be from the next block on."""
+        return self._reference if self._replacement is None else self._replacement.reference
+
     async def set(self, reference: Reference) -> None:
         """Change the picture or the prompt at the next block that is not made yet.
 
+        Where the model then cannot make even one block of it, the session goes back to what it had.
         Raises: AvatardError: the model refuses it; the session goes on with what it had.
         """
         model = await self._open_model(reference)
-        if self._replacement is not None:
-            await self._replacement.close()
-        self._replacement, self._reference = model, reference
+        unused, self._replacement = self._replacement, _Opened(model, reference)
         self._news.set()
+        if unused is not None:
+            await unused.model.close()
 
     def want_keyframe(self) -> None:
         """The next frame shall be one with which a viewer can begin."""
@@ -489,18 +506,34 @@ class LiveSession:
             try:
                 await model.step(audio, watch.frames_came)
             except Exception as error:
+                with contextlib.suppress(AvatardError):
+                    await model.close()
+                if self._previous is not None:
+                    log.warning("%s; goes back to the picture and the prompt before", error)
+                    self._go_back(block)
+                    continue
                 failures += 1
                 if failures == FAILURES:
                     raise
                 log.warning("%s; begins anew from the picture", error)
-                with contextlib.suppress(AvatardError):
-                    await model.close()
                 self._model = await self._open_model(self._reference)
                 continue
             finally:
                 self._at_work = False
             failures = 0
+            if self._previous is not None:
+                previous, self._previous = self._previous, None
+                await previous.model.close()
+                self._on_change("changed")
             self._note_step(watch)
+
+    def _go_back(self, block: _Block) -> None:
+        """What `set` put to work has failed at its first block: have what was there before make it."""
+        assert self._previous is not None
+        self._model, self._reference = self._previous.model, self._previous.reference
+        self._previous = None
+        block.settled, block.number = False, None
+        self._on_change("not changed")
 
     def _show(self, model: LiveModel, made: FrameBlock) -> None:
         """Put pictures where they belong, unless the sound they were made of was cut off meanwhile."""
@@ -529,9 +562,12 @@ class LiveSession:
                 if index * self._spec.frames_per_block > self._frame:
                     block.pictures = []
         if self._replacement is not None:
-            old, self._model, self._replacement = self._model, self._replacement, None
-            await old.close()
-            self._on_change("changed")
+            if self._previous is None:
+                self._previous = _Opened(self._model, self._reference)
+            else:
+                await self._model.close()  # changed again before it made a block
+            self._model, self._reference = self._replacement.model, self._replacement.reference
+            self._replacement = None
 
     def _make_again(self, index: int) -> None:
         """The sound of a block has changed: note from where on the model has to go back."""

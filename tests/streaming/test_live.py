@@ -490,6 +490,46 @@ def test_a_picture_that_the_model_refuses_changes_nothing(tmp_path):
     assert len(air.models) == 1
 
 
+def test_a_picture_of_which_the_model_makes_not_one_block_gives_way_to_the_one_before(tmp_path, caplog):
+    async def show(air):
+        await air.until(2.0)
+        failing = set(range(100))
+        air.how = (*air.how[:2], failing, *air.how[3:])
+        await air.session.set(BRIGHT)
+        assert air.session.reference is BRIGHT
+        await air.until(3.5)
+        assert air.session.reference is GREY
+        failing.clear()
+        await air.say(clicks_at([0.1], 1.0, 48_000))
+        await air.until(5.0)
+        await air.session.set(BRIGHT)
+        await air.until(7.0)
+        assert air.session.reference is BRIGHT
+
+    file, status, air = broadcast(tmp_path, show)
+    assert "is not to my taste; goes back to the picture and the prompt before" in caplog.text
+    before = file.brightness[: 4 * 25]
+    assert np.median(before) == pytest.approx(before[0], abs=3)
+    assert len(file.flashes()) == 1, "the model before goes on where it was"
+    assert file.brightness[-1] > before[0] + 15
+    assert [model.closed for model in air.models] == [True, True, False]
+    assert [what for _, what in air.changes if "changed" in what] == ["not changed", "changed"]
+    assert status.skipped == 0
+
+
+def test_of_pictures_that_change_before_a_block_is_made_only_the_last_is_kept(tmp_path):
+    async def show(air):
+        await air.until(2.0)
+        for reference in (GREY, BRIGHT, GREY, BRIGHT):
+            await air.session.set(reference)
+        await air.until(4.0)
+
+    _, status, air = broadcast(tmp_path, show)
+    assert [model.closed for model in air.models] == [True, True, True, True, False]
+    assert [what for _, what in air.changes if "changed" in what] == ["changed"]
+    assert status.held == 0
+
+
 def test_a_model_that_fails_once_begins_anew_and_the_show_goes_on(tmp_path, caplog):
     async def show(air):
         await air.until(2.0)
