@@ -182,11 +182,6 @@ def decode_live(container: Any, name: str, sample_rate: int, report: SoundReport
         yield AudioChunk(samples[:, 0], sample_rate)
 
 
-def decode_file(path: str | os.PathLike[str], sample_rate: int) -> Iterator[AudioChunk]:
-    """Decode any audio or video file to mono chunks at that rate: `open_sound(path).chunks(sample_rate)`."""
-    return open_sound(path).chunks(sample_rate)
-
-
 # What is between the file and the samples
 
 _UNDECODABLE = "no sound in it could be decoded; it is damaged, protected or no sound file: save it anew as WAV or FLAC"

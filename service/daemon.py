@@ -186,6 +186,7 @@ class _Daemon:
     async def _assembled(self, engine: Engine, keys: Keys) -> AsyncIterator[App]:
         """All that the triggers share."""
         # After the launch: these imports take as long as the child takes to import its own.
+        from service import isolated
         from service.inputs import Inputs
         from service.jobs import Jobs
         from service.sessions import Sessions
@@ -193,6 +194,7 @@ class _Daemon:
         from service.turns import Turns
         from service.voice import Voice
 
+        isolated.start()
         settings, hub = self._settings, self._hub
         voice = await asyncio.to_thread(Voice.make, settings)
         inputs = await asyncio.to_thread(Inputs, settings)

@@ -28,6 +28,7 @@ import httpx
 
 from audio.errors import AvatardError
 from audio.urls import redacted
+from service import isolated
 from service.addresses import CheckedTransport, Resolve, allowed_addresses, look_up
 from service.commands import Refusal, Source
 from service.config import Settings
@@ -287,15 +288,8 @@ class Inputs:
             self._known.popitem(last=False)
 
     def _look_into(self, path: Path, kind: Kind) -> None:
-        limits = self._settings.limits
-        if kind == "image":
-            from avatar.picture import read_picture
-
-            read_picture(path, max_pixels=round(limits.picture_megapixels * 1e6))
-        else:
-            from audio.decode import open_sound
-
-            open_sound(path, max_duration_s=limits.audio_hours * 3600)
+        look = isolated.picture if kind == "image" else isolated.sound
+        look(path, self._settings.limits)
 
     async def _in_thread(self, work: Callable[..., R], *arguments: Any) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)

@@ -29,8 +29,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from starlette.exceptions import HTTPException
 
 from audio.urls import redacted
+from service import isolated
 from service.app import App
 from service.commands import ID, Refusal, Source, SubmitJob, complaint
+from service.config import LimitsSection
 from service.http_answers import Responses, file_answer, needs, problems
 from service.store import Job
 
@@ -529,7 +531,7 @@ async def _silence(seconds: float) -> AsyncIterator[bytes]:
 
 async def _shortened(app: App, path: FilePath, seconds: float) -> FilePath:
     """The beginning of a sound, in the spool; the sound itself where it is no longer than that."""
-    beginning = await asyncio.to_thread(_beginning, path, seconds)
+    beginning = await asyncio.to_thread(_beginning, path, seconds, app.settings.limits)
     if beginning is None:
         return path
 
@@ -539,13 +541,11 @@ async def _shortened(app: App, path: FilePath, seconds: float) -> FilePath:
     return await app.inputs.keep(parts(), "audio", f"the first {seconds:g} s")
 
 
-def _beginning(path: FilePath, seconds: float) -> bytes | None:
+def _beginning(path: FilePath, seconds: float, limits: LimitsSection) -> bytes | None:
     """As WAV; None where that is all of it. Blocks."""
-    from audio.decode import decode_file
-
     left = round(seconds * RATE)
     taken = []
-    for chunk in decode_file(path, RATE):
+    for chunk in isolated.sound(path, limits).chunks(RATE):
         taken.append(_sixteen_bits(chunk.samples[:left]))
         left -= taken[-1].size
         if taken[-1].size < chunk.samples.size:

@@ -29,14 +29,14 @@ from numpy.typing import NDArray
 
 from audio.blocks import BlockCutter
 from audio.chunk import AudioBlock
-from audio.decode import SoundFile, open_sound
+from audio.decode import SoundFile
 from audio.errors import AvatardError
 from audio.source import FileSource
 from avatar.model import FrameBlock, Reference, StreamSpec
 from avatar.picture import cover
-from service import VERSION
+from service import VERSION, isolated
 from service.models import resolve_model
-from service.run import Stopped, metadata, or_stop, read_image
+from service.run import Stopped, metadata, or_stop
 from streaming.channel import Channel
 from streaming.encoder import SOUND_RATE, Encoder, EncoderSettings
 from streaming.engine import Engine, EngineError, EngineSession
@@ -354,8 +354,8 @@ def _check_free(request: RenderRequest) -> None:
 
 async def _open(request: RenderRequest, settings: Settings) -> tuple[NDArray[np.uint8], SoundFile]:
     picture, sound = await asyncio.gather(
-        asyncio.to_thread(read_image, request.image, settings),
-        asyncio.to_thread(open_sound, request.audio, settings.limits.audio_hours * 3600),
+        asyncio.to_thread(isolated.picture, request.image, settings.limits),
+        asyncio.to_thread(isolated.sound, request.audio, settings.limits),
         # A thread cannot be left behind, so both end before the first failure is told.
         return_exceptions=True,
     )

@@ -29,11 +29,12 @@ from audio.live import LISTENER_RATE
 from audio.urls import blanked, redacted
 from avatar.model import Reference
 from avatar.picture import cover
+from service import isolated
 from service.bench import example
 from service.commands import ID, OpenSession, Refusal, Source
 from service.config import Settings
 from service.log import bound
-from service.run import Stopped, metadata, or_stop, read_image
+from service.run import Stopped, metadata, or_stop
 from service.speaking import Feed, Speaking
 from streaming.encoder import EncoderSettings
 from streaming.lane import Lane, LanePolicy, LaneStatus
@@ -638,7 +639,7 @@ def _path(target: str) -> Path | None:
 
 async def _read(path: Path, settings: Settings) -> NDArray[np.uint8]:
     try:
-        return await asyncio.to_thread(lambda: read_image(path.expanduser(), settings))
+        return await asyncio.to_thread(lambda: isolated.picture(path.expanduser(), settings.limits))
     except AvatardError as error:
         raise Refusal("invalid", str(error)) from error
 

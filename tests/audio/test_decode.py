@@ -21,7 +21,6 @@ from audio.decode import (
     PcmDecoder,
     PcmFormat,
     SoundFile,
-    decode_file,
     mix_matrix,
     open_sound,
 )
@@ -153,7 +152,7 @@ def test_one_to_eight_channels_are_mixed_without_a_change_of_level(tmp_path, cha
 def test_decoding_in_chunks_equals_resampling_the_whole(tmp_path):
     whole = np.random.default_rng(0).uniform(-0.2, 0.2, 3 * 44_100).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", whole, 44_100, subtype="FLOAT")
-    chunks = list(decode_file(tmp_path / "a.wav", RATE))
+    chunks = list(open_sound(tmp_path / "a.wav").chunks(RATE))
     assert len(chunks) > 10
     np.testing.assert_array_equal(
         np.concatenate([chunk.samples for chunk in chunks]), soxr.resample(whole, 44_100, RATE)
@@ -166,7 +165,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
 
     def peak(seconds: int) -> int:
         tracemalloc.start()
-        for _ in decode_file(tmp_path / f"{seconds}.wav", RATE):
+        for _ in open_sound(tmp_path / f"{seconds}.wav").chunks(RATE):
             pass
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()

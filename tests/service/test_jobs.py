@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from jobs_daemon import command as daemon_command
 from jobs_daemon import settings_in
@@ -26,6 +28,7 @@ from PIL import Image
 from waiting import until_async
 
 from audio.chunk import AudioChunk
+from service import isolated
 from service import jobs as jobs_module
 from service.commands import OpenSession, Refusal, SubmitJob
 from service.config import Settings
@@ -305,6 +308,22 @@ async def test_a_job_at_which_the_model_always_dies_is_given_up_and_others_go_on
         assert "was begun 2 times and never got further" in job.error
         assert "at block 5" in job.error
         assert (await h.ended("short")).state == "completed"
+
+
+async def test_a_file_that_ends_who_reads_it_fails_its_own_job_alone(folder):
+    async with toy(folder, "model.options.step_s=0.05") as engine, house(folder, engine) as h:
+        await h.submit("deadly", audio=str(folder / "place" / "long.wav"))
+        await until_async(lambda: h.heard.progress("deadly"))
+        readers = psutil.Process(isolated._READER._process.pid).children()
+        assert readers
+        for reader in readers:
+            reader.send_signal(signal.SIGSEGV)
+        await h.submit("good")
+        job = await h.ended("deadly")
+        assert (job.state, job.error_type) == ("failed", "AudioError")
+        assert "ends whatever reads it" in job.error
+        assert str(folder) not in job.error
+        assert (await h.ended("good")).state == "completed"
 
 
 async def test_what_the_model_refuses_fails_with_that_line(folder):
