@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from avatar.pocket.generator import Precision, choose_dtype
+
 
 def orthogonalise(gradient: Tensor, iterations: int = 5) -> Tensor:
-    """[n, a, b] to the nearest matrices with all singular values near one (quintic Newton-Schulz, in bf16)."""
-    x = gradient.bfloat16()
+    """[n, a, b] to the nearest matrices with all singular values near 1: quintic Newton-Schulz, in bf16 if it pays."""
+    x = gradient.to(choose_dtype(Precision.AUTO, gradient.device))
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

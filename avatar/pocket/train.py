@@ -40,6 +40,7 @@ from avatar.live_avatar.audio_encoder import AudioTokens
 from avatar.live_avatar.dit import CausalDiT
 from avatar.pocket import ear as hearing
 from avatar.pocket.ear import MEL_PER_FRAME, Ear, EarConfig
+from avatar.pocket.generator import Precision, choose_dtype
 from avatar.pocket.meter import MOVES, Meter, truth
 from avatar.pocket.motion import sample_drive, speech_energy
 from avatar.pocket.muon import Muon, is_matrix
@@ -416,7 +417,8 @@ class Workshop:
         return torch.Generator(device=self.where).manual_seed(seed + 1_000 * self.seed)
 
     def half(self) -> torch.autocast:
-        return torch.autocast(self.where.type, dtype=torch.bfloat16)
+        pays = choose_dtype(Precision.AUTO, self.where) is torch.bfloat16
+        return torch.autocast(self.where.type, dtype=torch.bfloat16, enabled=pays)
 
     def speech(self, which: str = "train") -> SpeechClips:
         return SpeechClips(self.data / f"speech_{which}.npz", self.where)
