@@ -42,12 +42,15 @@ STEADY_S = 10.0
 """A connection that held for so many seconds was more than an attempt."""
 WINDOW = 8
 """Messages that the broker sends before the first of them is acknowledged."""
+FORBIDDEN_TOLD = 20
+"""Kinds of topics of which it is told that they may not be published to; those that others name have no end."""
 UNACKNOWLEDGED = 256
 """Messages of QoS 0, which the broker does not hold back, that wait at most; more are lost, as QoS 0 has it."""
 
 # Reason codes of MQTT 5, into which paho turns those of 3.1.1, too.
 NEEDS_A_PERSON = {132, 133, 134, 135, 138, 140}
 """Protocol version, client name, user or password, not authorised, banned, authentication method."""
+NOT_ALLOWED = 135
 NO_SHARING = 158
 TAKEN_OVER = 142
 LOST = 128
@@ -279,6 +282,33 @@ def new_client(login: Login, will_topic: str) -> aiomqtt.Client:
     return client
 
 
+def _tell_what_is_forbidden(client: aiomqtt.Client, login: Login, told: set[str]) -> None:
+    """Log what the broker throws away because we have no right to it; of a kind in `told`, which grows, nothing more.
+
+    Only MQTT 5 has a word for that, and aiomqtt keeps neither it nor what it was said of. Some brokers hang up, too
+    (mosquitto 2.0.11).
+    """
+    paho: Any = client._client
+    topics: dict[int, str] = {}
+    publish, on_publish = paho.publish, paho.on_publish
+
+    def noting(topic: str, payload: Any, qos: int, *more: Any, **options: Any) -> Any:
+        sent = publish(topic, payload, qos, *more, **options)
+        if qos:
+            topics[sent.mid] = topic
+        return sent
+
+    def acknowledged(paho: Any, userdata: Any, mid: int, reason: Any, properties: Any) -> None:
+        topic = topics.pop(mid, "")
+        kind = topic.rpartition("/")[2]
+        if _number(reason) == NOT_ALLOWED and kind not in told and len(told) < FORBIDDEN_TOLD:
+            told.add(kind)
+            log.warning("mqtt: the broker does not let %s publish %s; give it the right to", _who(login), topic)
+        on_publish(paho, userdata, mid, reason, properties)
+
+    paho.publish, paho.on_publish = noting, acknowledged
+
+
 async def stay_connected(
     login: Login,
     will_topic: str,
@@ -290,8 +320,10 @@ async def stay_connected(
     The broker tells `will_topic` (retained) "offline" when the connection is lost; it is told so here when we leave.
     """
     wait_s, gone_since, told = RETRY_S[0], clock(), ""
+    forbidden: set[str] = set()
     while True:
         client = new_client(login, will_topic)
+        _tell_what_is_forbidden(client, login, forbidden)
         began: float | None = None
         error = aiomqtt.MqttError("nothing left to do")
         try:
@@ -364,17 +396,23 @@ def _number(code: Any) -> int | None:
     return getattr(code, "value", code)
 
 
+def _who(login: Login) -> str:
+    return f"user {login.settings.user!r}" if login.settings.user else "a client without a user"
+
+
 def _explain(error: aiomqtt.MqttError, login: Login, soon: bool) -> str:
     """In one line, with what a person could do. soon: it had hardly begun."""
     cause = error.__cause__ if isinstance(error.__cause__, aiomqtt.MqttError) else error
     code = _code(cause)
     if code in (134, 135):
-        who = f"user {login.settings.user!r}" if login.settings.user else "a client without a user"
-        return f"refuses {who}; see mqtt.user, mqtt.password_file and mqtt.cert_file"
+        return f"refuses {_who(login)}; see mqtt.user, mqtt.password_file and mqtt.cert_file"
     if code == LOST:
-        # Not every broker says that it was this.
-        why = f"; when this goes on, another client may come as {login.client_id}, too (mqtt.client_id)" if soon else ""
-        return f"the connection was lost{why}"
+        # Not every broker says which of these it was.
+        why = (
+            f"; when this goes on, another client may come as {login.client_id}, too (mqtt.client_id), or the broker "
+            f"may not let {_who(login)} publish below {login.settings.prefix}/"
+        )
+        return f"the connection was lost{why if soon else ''}"
     if code == TAKEN_OVER:
         return f"another client came as {login.client_id}; give each daemon a mqtt.client_id of its own"
     if login.tls is not None and not login.settings.cert_file and "timed out" in str(cause):

@@ -812,6 +812,25 @@ async def test_a_wrong_password_is_told_in_one_line_and_tried_slowly(tmp_path, c
     assert "and-secret" not in caplog.text
 
 
+async def test_what_it_may_not_publish_is_told_once(tmp_path, caplog):
+    rights = tmp_path / "rights"
+    writable = ("jobs/submit", "jobs/+/state", "jobs/+/progress", "available", "stats")
+    rights.write_text("topic read avatar/#\n" + "".join(f"topic readwrite avatar/{topic}\n" for topic in writable))
+    with Mosquitto(tmp_path / "broker", lines=f"acl_file {rights}\n") as broker:
+        async with Daemon(tmp_path / "d", broker) as daemon, Caller(broker, "avatar/#") as bot:
+            await bot.hears("avatar/available")
+            for id in ("one", "two"):
+                await bot.say("avatar/jobs/submit", {"id": id, "text": "hello"})
+                await until_async(lambda id=id: id in daemon.jobs.jobs)
+                daemon.jobs.becomes(id, "completed", b"film")
+                await bot.hears_state(f"avatar/jobs/{id}/state", "completed")
+            await until_async(lambda: broker.log.count("Denied PUBLISH") >= 2)
+    told = [text for text in caplog.messages if "the broker does not let" in text]
+    assert told == [
+        "mqtt: the broker does not let a client without a user publish avatar/jobs/one/result; give it the right to"
+    ]
+
+
 @pytest.mark.parametrize(
     ("assignments", "words"),
     [
