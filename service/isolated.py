@@ -26,7 +26,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ from audio.chunk import AudioChunk
 from audio.decode import AudioError, SoundFile, SoundReader, SoundReport, open_sound
 from audio.errors import AvatardError
 from avatar.picture import PictureError, read_picture
+from streaming.engine_child import HEAD, pack
 
 if TYPE_CHECKING:
     from service.config import LimitsSection
@@ -48,10 +48,20 @@ CPU_S = 60
 """Of a processor's time that a file may take from one answer to the next; 80 million pixels took 3 to 20 s."""
 
 TRIES = 3
-"""So often a reader is asked, where it ends before it has begun with the file."""
+"""So often a reader is asked, where it ends or stands still before it has begun with the file."""
+
+BEGIN_S = 20.0
+"""It has to import for half a second at the most, and to fork."""
+
+TAKE_S = 1.0
+"""That others wait behind one whose file a reader does not take: hundreds lie before it then."""
 
 PATIENCE_S = 180.0
 """That is waited for an answer: the process may have to share its processor, or wait for a disk."""
+
+MOST_HEADER_BYTES = 1 << 20
+MOST_SOUND_BYTES = 64 << 20
+"""In one answer: far more than there is, and no more than can be borne."""
 
 MEMORY_BYTES = 4 << 30
 """Of addresses, which is a little more than it uses; 80 million pixels took 0.6 to 1.1 GB."""
@@ -65,7 +75,7 @@ def start() -> None:
 def picture(path: Path, limits: LimitsSection) -> NDArray[np.uint8]:
     """As `avatar.picture.read_picture`. Blocking. Raises: PictureError, also where the file ends who reads it."""
     most = round(limits.picture_megapixels * 1e6)
-    with _Reading(path, PictureError, {"op": "picture", "max_pixels": most}) as answers:
+    with _Reading(path, PictureError, 3 * most, {"op": "picture", "max_pixels": most}) as answers:
         answer, pixels = answers.next()
         return np.frombuffer(pixels, np.uint8).reshape(answer["shape"])
 
@@ -75,7 +85,8 @@ def sound(path: Path, limits: LimitsSection) -> SoundFile:
 
     Raises: AudioError, also where the file ends who reads it.
     """
-    with _Reading(path, AudioError, {"op": "sound", "max_duration_s": limits.audio_hours * 3600}) as answers:
+    asked = {"op": "sound", "max_duration_s": limits.audio_hours * 3600}
+    with _Reading(path, AudioError, MOST_SOUND_BYTES, asked) as answers:
         answer, _ = answers.next()
         return _IsolatedSound(path=path, **answer["sound"])
 
@@ -96,7 +107,7 @@ class _IsolatedSound(SoundFile):
         return SoundReader(pieces, sample_rate, channels)
 
     def _pass(self, asked: dict[str, Any]) -> Iterator[NDArray[np.float32]]:
-        with _Reading(self.path, AudioError, {**asked, "sound": _facts(self)}) as answers:
+        with _Reading(self.path, AudioError, MOST_SOUND_BYTES, {**asked, "sound": _facts(self)}) as answers:
             while True:
                 answer, samples = answers.next()
                 if samples:
@@ -116,29 +127,38 @@ def _facts(sound: SoundFile) -> dict[str, Any]:
 
 
 class _Reading:
-    """One file being read elsewhere. Leaving it ends that, at the next thing it has to say."""
+    """One file being read elsewhere. Leaving it ends that, at the next thing it has to say.
 
-    def __init__(self, path: Path, error: type[AvatardError], asked: dict[str, Any]) -> None:
-        self._path, self._error = path, error
-        self._asked = json.dumps({**asked, "path": os.fspath(path), "folder": os.getcwd()}).encode()
+    error: what is raised for whatever goes wrong with the file; most_bytes: of pixels or samples in one answer.
+    """
+
+    def __init__(self, path: Path, error: type[AvatardError], most_bytes: int, asked: dict[str, Any]) -> None:
+        self._path, self._error, self._most_bytes = path, error, most_bytes
+        # Where we stand may have been deleted, and matters to few.
+        folder = None if path.is_absolute() else os.getcwd()
+        self._asked = pack({**asked, "path": os.fspath(path), "folder": folder})
+        self._socket: socket.socket | None = None
 
     def __enter__(self) -> _Reading:
         try:
             self._ask()
-        except BaseException:
-            self._connection.close()
+        except BaseException as error:
+            self._close()
+            if isinstance(error, OSError):  # no descriptor or process is to be had
+                raise self._error(f"{self._path}: cannot be read ({error.strerror}); try again later") from error
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()
+        self._close()
 
     def next(self) -> tuple[dict[str, Any], bytes]:
         """The next answer, and what came with it. Raises: the error that this was made with."""
         try:
-            answer: dict[str, Any] = json.loads(self._receive())
-            content = self._receive() if answer.get("content") else b""
-        except (EOFError, ConnectionError):
+            answer, content = self._receive()
+        except TimeoutError:
+            raise self._error(f"{self._path}: cannot be read in {PATIENCE_S:g} s; copy it to a faster disk") from None
+        except (EOFError, OSError):
             raise self._error(
                 f"{self._path}: is damaged so that it ends whatever reads it, or takes too much of time or memory; "
                 "save it anew in another format"
@@ -152,24 +172,40 @@ class _Reading:
         return answer, content
 
     def _ask(self) -> None:
-        """Have a process begin with the file. Raises: the error that this was made with."""
+        """Have a process begin with the file. Raises: OSError; the error that this was made with."""
         for _ in range(TRIES):
-            ours, theirs = socket.socketpair()
-            self._connection = Connection(ours.detach())
+            self._socket, theirs = socket.socketpair()
+            self._answers = self._socket.makefile("rb")
+            self._socket.settimeout(BEGIN_S)
             with theirs:
-                _READER.hand_over(theirs)
-            # Nothing of the file was looked at before it says that it begins: if it does not, the reader has ended.
-            with contextlib.suppress(EOFError, ConnectionError):
-                self._connection.send_bytes(self._asked)
+                reader = _READER.hand_over(theirs)
+            # Nothing of the file was looked at before it says that it begins: if it does not, it is the reader.
+            with contextlib.suppress(EOFError, OSError):
+                self._socket.sendall(self._asked)
                 self._receive()
+                self._socket.settimeout(PATIENCE_S)
                 return
-            self._connection.close()
+            self._close()
+            _READER.replace(reader)
         raise self._error(f"{self._path}: cannot be read: the process that is to do so ends again and again")
 
-    def _receive(self) -> bytes:
-        if not self._connection.poll(PATIENCE_S):
-            raise self._error(f"{self._path}: cannot be read in {PATIENCE_S:g} s; copy it to a faster disk")
-        return self._connection.recv_bytes()
+    def _receive(self) -> tuple[dict[str, Any], bytes]:
+        """One message. Raises: EOFError; OSError: TimeoutError, or it is none."""
+        header_bytes, content_bytes = HEAD.unpack(self._exactly(HEAD.size))
+        if header_bytes > MOST_HEADER_BYTES or content_bytes > self._most_bytes:
+            raise OSError("it says more than it was asked")
+        return json.loads(self._exactly(header_bytes)), self._exactly(content_bytes)
+
+    def _exactly(self, size: int) -> bytes:
+        content = self._answers.read(size)
+        if len(content) < size:
+            raise EOFError
+        return content
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._answers.close()
+            self._socket.close()
 
 
 class _Reader:
@@ -182,29 +218,31 @@ class _Reader:
 
     def start(self) -> None:
         with self._lock:
-            self._start()
+            self._started()
 
-    def hand_over(self, file: socket.socket) -> None:
-        """Give it the end of a pair of sockets on which it is asked for one file."""
+    def hand_over(self, file: socket.socket) -> subprocess.Popen[bytes]:
+        """Give it the end of a pair of sockets on which it is asked for one file; the process that has it."""
         with self._lock:
-            self._start()
-            try:
+            process = self._started()
+            # One that does not take it has ended, or stands still: who waits in vain sees to that.
+            with contextlib.suppress(ConnectionError, TimeoutError):
                 socket.send_fds(self._socket, [b"f"], [file.fileno()])
-            except ConnectionError:
-                assert self._process is not None
-                self._process.wait()
-                self._start()
-                socket.send_fds(self._socket, [b"f"], [file.fileno()])
+            return process
 
-    def lives(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+    def replace(self, process: subprocess.Popen[bytes]) -> None:
+        """That one has ended, or does nothing: end it. The next file has another."""
+        with self._lock:
+            process.kill()
+            process.wait()
 
-    def _start(self) -> None:
-        if self.lives():
-            return
+    def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None:
+            if self._process.poll() is None:
+                return self._process
             self._socket.close()
+        self._process = None
         self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(TAKE_S)
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with theirs:
@@ -218,6 +256,7 @@ class _Reader:
                 # Ctrl-C is for us.
                 start_new_session=True,
             )
+        return self._process
 
 
 _READER = _Reader()
@@ -237,7 +276,7 @@ def main() -> None:
                 return
             if os.fork() == 0:
                 requests.close()
-                _read(Connection(descriptors[0]))
+                _read(socket.socket(fileno=descriptors[0]))
                 os._exit(0)
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -262,21 +301,21 @@ def _allow_time() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
-def _read(connection: Connection) -> None:
+def _read(connection: socket.socket) -> None:
     """Answer the one request of this process."""
 
     def send(content: NDArray[Any] | None = None, **answer: Any) -> None:
-        connection.send_bytes(json.dumps({**answer, "content": content is not None}).encode())
-        if content is not None:
-            connection.send_bytes(np.ascontiguousarray(content).data.cast("B"))
+        raw = memoryview(b"" if content is None else np.ascontiguousarray(content).data.cast("B"))
+        connection.sendall(pack(answer, raw))
         _allow_time()
 
-    with contextlib.suppress(EOFError, ConnectionError):  # nobody listens any more
+    with contextlib.suppress(ConnectionError):  # nobody listens any more
         try:
             _confine()
-            asked = json.loads(connection.recv_bytes())
-            connection.send_bytes(b"begins")
-            os.chdir(asked["folder"])
+            asked = _request(connection)
+            if asked["folder"] is not None:
+                os.chdir(asked["folder"])
+            send()
             path = Path(asked["path"])
             match asked["op"]:
                 case "picture":
@@ -304,6 +343,13 @@ def _read(connection: Connection) -> None:
             raise
         except Exception as error:
             send(bug=f"{type(error).__name__}: {error}", trace="".join(traceback.format_exception(error)))
+
+
+def _request(connection: socket.socket) -> dict[str, Any]:
+    with connection.makefile("rb") as requests:
+        size, _ = HEAD.unpack(requests.read(HEAD.size))
+        asked: dict[str, Any] = json.loads(requests.read(size))
+        return asked
 
 
 if __name__ == "__main__":

@@ -124,8 +124,10 @@ class Child:
             except Exception as error:
                 self._fail(header.get("id"), error)
             else:
+                seconds = time.monotonic() - began
+                if self._threads is not None and header["op"] == "step" and header["pieces"]:
+                    self._threads.took(seconds, self._model.spec.block_seconds)
                 if "id" in header:
-                    seconds = time.monotonic() - began
                     self._send({"op": "done", "id": header["id"], "seconds": seconds, "bytes": written})
 
     def _load(self, header: dict[str, Any]) -> bool:
@@ -158,10 +160,7 @@ class Child:
                 state = self._resume(reference, self._load_snapshot(header["offset"], header["bytes"]))
                 self._sessions[name] = Kept(reference, state, header["history"])
             case "step":
-                began = time.monotonic()
                 self._send_blocks(header["id"], self._step(self._sessions[name], header, body))
-                if self._threads is not None and header["pieces"]:
-                    self._threads.took(time.monotonic() - began, self._model.spec.block_seconds)
             case "replay":
                 list(self._step(self._sessions[name], header, body))
             case "finish":

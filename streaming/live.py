@@ -707,8 +707,9 @@ class _EarlySound:
 
     def __init__(self) -> None:
         self._chunks: deque[tuple[NDArray[np.float32], float]] = deque()
-        self._recent: deque[tuple[int, float]] = deque()
-        self._samples = self._recent_samples = 0
+        self._samples = 0
+        self._recent = self._recent_samples = 0
+        """How many of the chunks came in the last second, as of the last look, and their samples."""
         self._whole = False
 
     @property
@@ -729,17 +730,18 @@ class _EarlySound:
 
     def _recently(self, now_s: float) -> tuple[float, float]:
         """How long ago the first came that came in the last second, and how much came after it, in seconds."""
-        while self._recent and self._recent[0][1] <= now_s - EARLY_PACE_S:
-            self._recent_samples -= self._recent.popleft()[0]
-        if not self._recent:
-            return 0.0, 0.0
-        samples, first_s = self._recent[0]
-        return now_s - first_s, (self._recent_samples - samples) / LISTENER_RATE
+        while self._recent:
+            first, came_s = self._chunks[-self._recent]
+            if came_s > now_s - EARLY_PACE_S:
+                return now_s - came_s, (self._recent_samples - first.size) / LISTENER_RATE
+            self._recent -= 1
+            self._recent_samples -= first.size
+        return 0.0, 0.0
 
     def add(self, samples: NDArray[np.float32], came_s: float) -> None:
         """Sound, or the end of an utterance: no samples."""
         self._chunks.append((samples, came_s))
-        self._recent.append((samples.size, came_s))
+        self._recent += 1
         self._samples += samples.size
         self._recent_samples += samples.size
         self._whole = self._whole or not samples.size
@@ -750,8 +752,7 @@ class _EarlySound:
         """All of it, and forget it."""
         chunks = list(self._chunks)
         self._chunks.clear()
-        self._recent.clear()
-        self._samples = self._recent_samples = 0
+        self._samples = self._recent = self._recent_samples = 0
         self._whole = False
         return chunks
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -157,15 +161,78 @@ def test_what_a_reader_took_with_it_is_asked_of_the_next(picture):
     assert shapes == [(60, 40, 3)]
 
 
-def test_patience_has_an_end(picture, monkeypatch):
+def test_a_reader_that_stands_still_is_replaced(picture, monkeypatch):
+    monkeypatch.setattr(isolated, "BEGIN_S", 3.0)
     isolated.picture(picture, LIMITS)
-    monkeypatch.setattr(isolated, "PATIENCE_S", 0.2)
-    reader().suspend()
+    frozen = reader()
+    frozen.suspend()
+    assert isolated.picture(picture, LIMITS).shape == (60, 40, 3)
+    assert not frozen.is_running()
+
+
+def test_a_reader_before_which_hundreds_lie_holds_nobody_up_for_ever(picture, monkeypatch):
+    monkeypatch.setattr(isolated, "TAKE_S", 0.1)
+    monkeypatch.setattr(isolated, "BEGIN_S", 3.0)
+    isolated._READER.replace(isolated._READER._started())
+    isolated.picture(picture, LIMITS)
+    frozen = reader()
+    frozen.suspend()
+    for _ in range(400):
+        ours, theirs = socket.socketpair()
+        with ours, theirs, contextlib.suppress(TimeoutError):
+            isolated._READER._socket.settimeout(0.001)
+            socket.send_fds(isolated._READER._socket, [b"f"], [theirs.fileno()])
+    assert isolated.picture(picture, LIMITS).shape == (60, 40, 3)
+    assert not frozen.is_running()
+
+
+@pytest.mark.parametrize("how", ["frozen", "killed"])
+def test_one_that_stops_in_the_middle_of_an_answer_is_an_error_of_its_file(sound, how, monkeypatch):
+    file = isolated.sound(sound, LIMITS)
+    monkeypatch.setattr(isolated, "PATIENCE_S", 0.3)
+    original = file.original()
+    original.read(1)
+    (victim,) = readers_of_files()
+    time.sleep(0.2)  # until the socket is full, and it stands within a piece of 96 kB
+    (victim.suspend if how == "frozen" else victim.kill)()
+    with pytest.raises(AudioError, match=r"cannot be read in 0\.3 s" if how == "frozen" else "ends whatever reads it"):
+        original.read(10_000_000)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        victim.kill()
+
+
+def test_one_that_says_more_than_it_was_asked_is_not_heard(picture, monkeypatch):
+    monkeypatch.setattr(isolated, "MOST_HEADER_BYTES", 10)
+    with pytest.raises(PictureError, match="takes too much"):
+        isolated.picture(picture, LIMITS)
+
+
+def test_without_a_descriptor_it_is_an_error_that_passes(picture):
+    isolated.picture(picture, LIMITS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
     try:
-        with pytest.raises(PictureError, match=r"cannot be read in 0\.2 s"):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(taken.pop())
+        with pytest.raises(PictureError, match=r"cannot be read \(Too many open files\); try again later"):
             isolated.picture(picture, LIMITS)
     finally:
-        reader().resume()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
+    isolated.picture(picture, LIMITS)
+
+
+def test_where_we_stand_may_be_gone(picture, tmp_path, monkeypatch):
+    folder = tmp_path / "release"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert isolated.picture(picture, LIMITS).shape == (60, 40, 3)
+    monkeypatch.chdir(tmp_path)
 
 
 def test_a_sound_that_is_left_in_the_middle_leaves_no_process(sound):
@@ -190,7 +257,7 @@ def test_many_threads_read_at_once(sound, picture):
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=read) for _ in range(8)]
+    threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
