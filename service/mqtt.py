@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from audio.errors import AvatardError
 from service.app import App
 from service.commands import Refusal, Source
-from service.mqtt_answers import Answers, Due, as_refusal
+from service.mqtt_answers import BREAKS, Answers, Due, as_refusal
 from service.mqtt_broker import BrokerGone, CannotServe, Connection, Login, TooLong, stay_connected
 from service.mqtt_ledger import Debt, Ledger
 from service.mqtt_messages import (
@@ -60,8 +60,6 @@ UPLOAD_PARTS = 64
 UPLOAD_WAIT_S = 5.0
 TELLERS = 8
 """States and results on their way at once: each waits for the broker to have it."""
-BREAKS = 4
-"""Times a connection ends over the pieces of one file; then the broker does not take such pieces."""
 KEPT_S = 3600
 """For which the broker keeps the state of what has ended."""
 PROGRESS_EVERY_S = 0.5
@@ -372,27 +370,31 @@ class _Mqtt:
         """Make a job of a message, or say why not. It may take as long as its picture and sound are fetched."""
         answer: Body | None = None
         try:
-            command, incomplete, attempts = await self._ledger.begin(n)
+            asked = await self._ledger.begin(n)
             if n in self._refusals:
                 raise self._refusals.pop(n)
-            if incomplete:
+            if asked.incomplete:
                 self._due.add(("upload", id))
                 raise Refusal("unavailable", "the daemon ended while its sound came; send it again")
-            if attempts >= ATTEMPTS:
-                raise Refusal("invalid", f"the daemon ended {attempts} times while it looked into it")
+            if asked.attempts >= ATTEMPTS:
+                raise Refusal("invalid", f"the daemon ended {asked.attempts} times while it looked into it")
+            if asked.withdrawn:
+                self._withdrawn.add(id)
             if id in self._withdrawn:
-                answer = {"id": id, "state": "cancelled", "daemon": self._daemon}
+                answer = self._cancelled(id)
             else:
-                await self._app.jobs.submit(command, {"trigger": "mqtt"})
-                if id in self._withdrawn:
-                    await self._app.jobs.cancel(id)
+                await self._app.jobs.submit(asked.command, {"trigger": "mqtt"})
         except sqlite3.Error:
             raise
         except Exception as error:
             answer = refusal_body(as_refusal(error), id)
         await self._ledger.decide(n, answer)
+        while id in self._withdrawn:
+            # It may be a job all the same: since this was begun, or since a daemon that was killed had begun it.
+            self._withdrawn.discard(id)
+            with contextlib.suppress(AvatardError):
+                await self._app.jobs.cancel(id)
         del self._deciding[n]
-        self._withdrawn.discard(id)
         # Again: while this row was written, another one of the same job may have been the last to be settled.
         self._owed.add(id)
         self._due.add(("job", id))
@@ -400,12 +402,16 @@ class _Mqtt:
     async def _cancel(self, id: str, asker: Asker) -> None:
         if id in self._uploads:
             self._uploads[id].break_off(Refusal("conflict", "was cancelled before all its sound came"))
-            self._answers.answer(asker, {"id": id, "state": "cancelled", "daemon": self._daemon})
+            self._answers.answer(asker, self._cancelled(id))
         elif id in self._deciding.values():
             self._withdrawn.add(id)
-            self._answers.answer(asker, {"id": id, "state": "cancelled", "daemon": self._daemon})
+            await self._ledger.withdraw(id)
+            self._answers.answer(asker, self._cancelled(id))
         else:
             self._answers.answer(asker, job_body(await self._app.jobs.cancel(id), self._daemon))
+
+    def _cancelled(self, id: str) -> Body:
+        return {"id": id, "state": "cancelled", "daemon": self._daemon}
 
     # Jobs: out
 

@@ -20,6 +20,11 @@ COMMANDS = 32
 REPLIES = 256
 """Answers to them that wait for the broker; the oldest are forgotten first."""
 
+BREAKS = 4
+"""Connections in a row that end over one thing that is told; then it is told otherwise."""
+BROKEN = 1000
+"""Response topics over which a connection has ended, of which is known; the oldest are forgotten first."""
+
 log = logging.getLogger(__name__)
 
 Key = tuple[Literal["job", "progress", "upload", "session", "reply"], str]
@@ -63,6 +68,9 @@ class Answers:
         self._commands = 0
         self._waiting: OrderedDict[str, tuple[Asker, str, Body]] = OrderedDict()
         self._names = itertools.count()
+        self._broken: OrderedDict[str, tuple[Connection, int]] = OrderedDict()
+        """Response topics under way: the last connection, and how many in a row ended before anything got there."""
+        self._one_at_a_time = asyncio.Lock()
 
     def start(self, work: Coroutine[Any, Any, None], asker: Asker, kind: str, id: str = "") -> None:
         """Carry out a command beside what the broker sends next; what it raises is the asker's answer.
@@ -111,9 +119,39 @@ class Answers:
     async def publish(
         self, connection: Connection, asker: Asker, otherwise: str, body: Body, chunk: bytes = b""
     ) -> None:
-        """At once, as `reply`. Raises: BrokerGone."""
+        """At once, as `reply`. Raises: BrokerGone.
+
+        There are topics on which brokers hang up, and no list of them. One over which BREAKS connections ended is not
+        used again, or nobody would be told anything any more; one that is suspected is tried alone.
+        """
+        topic, own = asker.topic, self._topics.own(otherwise) if otherwise else ""
+        broken = 0 if chunk else self._broken.get(topic, (connection, 0))[1]
+        if not topic or broken >= BREAKS:
+            if own:
+                await self._send(connection, own, asker, body, chunk)
+        elif chunk:
+            await self._send(connection, topic, asker, body, chunk)
+        elif broken and self._broken[topic][0] is not connection:
+            async with self._one_at_a_time:
+                await self._try(connection, topic, asker, body)
+        else:
+            await self._try(connection, topic, asker, body)
+
+    async def _try(self, connection: Connection, topic: str, asker: Asker, body: Body) -> None:
+        last, broken = self._broken.get(topic, (None, 0))
+        if last is not connection:
+            broken += 1
+            self._broken[topic] = connection, broken
+            if broken == BREAKS:
+                log.warning("mqtt: the broker hangs up over the response topic %.80r; it is tried a last time", topic)
+            if len(self._broken) > BROKEN:
+                self._broken.popitem(last=False)
+        await self._send(connection, topic, asker, body)
+        self._broken.pop(topic, None)
+
+    async def _send(self, connection: Connection, topic: str, asker: Asker, body: Body, chunk: bytes = b"") -> None:
         await connection.publish(
-            asker.topic or self._topics.own(otherwise),
+            topic,
             encode(asker.address(body), chunk),
             correlation=asker.correlation,
             content_type="application/octet-stream" if chunk else "application/json",

@@ -62,6 +62,18 @@ class Debt:
     told: bool
 
 
+@dataclass(frozen=True)
+class Undecided:
+    """What a message asks for. incomplete: its sound is missing; attempts: how often it has been begun before;
+    withdrawn: it was cancelled since.
+    """
+
+    command: SubmitJob
+    incomplete: bool
+    attempts: int
+    withdrawn: bool
+
+
 class Ledger:
     """One row for each message, from before it is acknowledged until its asker has been told how it ended.
 
@@ -124,15 +136,21 @@ class Ledger:
         """The messages nobody has looked into, and their jobs; oldest first."""
         return await self._query("SELECT n, job FROM owed WHERE command IS NOT NULL ORDER BY n")
 
-    async def begin(self, n: int) -> tuple[SubmitJob, bool, int]:
-        """What an undecided message asks for, whether its sound is missing, and how often it has been begun before."""
+    async def begin(self, n: int) -> Undecided:
+        """Look into an undecided message."""
 
-        def read() -> tuple[SubmitJob, bool, int]:
+        def read() -> Undecided:
             self._database.execute("UPDATE owed SET attempts = attempts + 1 WHERE n = ?", (n,))
-            row = self._database.execute("SELECT command, upload, attempts FROM owed WHERE n = ?", (n,)).fetchone()
-            return SubmitJob.model_validate_json(row[0]), bool(row[1]), row[2] - 1
+            row = self._database.execute(
+                "SELECT command, upload, attempts, answer FROM owed WHERE n = ?", (n,)
+            ).fetchone()
+            return Undecided(SubmitJob.model_validate_json(row[0]), bool(row[1]), row[2] - 1, row[3] is not None)
 
         return await self._run(read)
+
+    async def withdraw(self, job: str) -> None:
+        """The undecided messages of a job ask for nothing any more."""
+        await self._query("UPDATE owed SET answer = '{}' WHERE job = ? AND command IS NOT NULL", (job,))
 
     async def received(self, n: int, command: SubmitJob) -> None:
         """The sound of a message is there; `command` refers to it."""
@@ -182,7 +200,7 @@ class Ledger:
                 result=row[6],
                 decided=bool(row[7]),
                 upload=bool(row[8]),
-                answer=None if row[9] is None else json.loads(row[9]),
+                answer=json.loads(row[9]) if row[7] and row[9] is not None else None,
                 told=bool(row[10]),
             )
             for row in rows

@@ -23,6 +23,14 @@ C = TypeVar("C", bound=BaseModel)
 CHUNK_BYTES = 256 * 1024
 """Of a result in one message."""
 TOPIC_BYTES = 512
+TOPIC_LEVELS = 100
+"""Of an asker's topic; over 200 mosquitto hangs up on whoever publishes to it."""
+NO_TOPIC = re.compile(
+    r"^\$|[+#\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef"
+    + "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
+    + "]"
+)
+"""What nobody can publish to: wildcards, names of the broker's own, and what is not a character, by Unicode's word."""
 CORRELATION_BYTES = 1024
 
 FINISHED = ("completed", "failed", "cancelled")
@@ -55,8 +63,10 @@ class Topics:
         size = len(topic.encode(errors="replace"))
         if not 1 <= size <= TOPIC_BYTES:
             raise Refusal("invalid", f"response topic: has {size} bytes; 1 to {TOPIC_BYTES} are allowed")
-        if topic.startswith("$") or re.search(r"[+#\x00-\x1f\x7f-\x9f\ud800-\udfff]", topic):
-            raise Refusal("invalid", "response topic: begins with $, or holds +, # or a control character")
+        if NO_TOPIC.search(topic):
+            raise Refusal("invalid", "response topic: begins with $, or holds +, # or what is no character to print")
+        if topic.count("/") >= TOPIC_LEVELS:
+            raise Refusal("invalid", f"response topic: has over {TOPIC_LEVELS} levels")
         if self.parts(topic)[:1] in (["jobs"], ["sessions"], ["available"], ["stats"]):
             raise Refusal("forbidden", "response topic: is one of the daemon's own; use one outside of its prefix")
         return topic

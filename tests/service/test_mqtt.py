@@ -30,7 +30,7 @@ from procs import LoopWatch
 from serve import ROOT, Serve
 from waiting import until_async
 
-from service import mqtt_broker
+from service import mqtt_broker, mqtt_messages
 from service.commands import OpenSession, Refusal, SubmitJob
 from service.config import ConfigError, Settings, load_settings
 from service.hub import Hub
@@ -413,10 +413,40 @@ async def test_answers_go_nowhere_where_they_would_do_harm(tmp_path, broker, top
         assert daemon.jobs.jobs == {}
 
 
-@pytest.mark.parametrize("topic", ["bot/+", "#", "a/#", "", 7, {}, "\ud800"])
+@pytest.mark.parametrize(
+    "topic", ["bot/+", "#", "a/#", "", 7, {}, "\ud800", "a\ufdd0b", "a\uffffb", "a\U0010fffe", "a/" * 100 + "b"]
+)
 def test_a_topic_in_the_message_is_looked_at_like_the_property(topic):
     with pytest.raises(Refusal):
         read_asker(None, {"response_topic": topic}, Topics("avatar"))
+
+
+@pytest.mark.parametrize("more", [{"text": "hello"}, {"nonsense": 1}], ids=["taken", "refused"])
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+async def test_a_topic_over_which_the_broker_hangs_up_harms_nobody_else(
+    tmp_path, broker, caplog, monkeypatch, version, more
+):
+    monkeypatch.setattr(mqtt_messages, "TOPIC_LEVELS", 1000)  # as of a broker with fewer levels than are allowed here
+    monkeypatch.setattr(mqtt_broker, "ANSWER_S", 1.0)
+    deadly = "a/" * 250 + "b"
+    for life in ("first", "second"):
+        async with Daemon(tmp_path / "d", broker, f'mqtt.version="{version}"') as daemon, Caller(broker, "#") as bot:
+            await bot.hears("avatar/available", lambda heard: heard.payload == b"online")
+            if life == "first":
+                await bot.say("avatar/jobs/submit", {"id": "bad", "response_topic": deadly, **more})
+            for number in range(12):
+                ask = {"id": f"{life}-{number}", "text": "hello", "response_topic": f"bot/{number}"}
+                await bot.say("avatar/jobs/submit", ask)
+            for number in range(12):
+                await bot.hears_state(f"bot/{number}", "queued", 20)
+            if life == "first" and "text" in more:
+                daemon.jobs.becomes("bad", "completed", b"film")
+                await bot.hears("avatar/jobs/bad/result")
+            elif life == "first":
+                await bot.hears_state("avatar/jobs/bad/state", "refused")
+    with contextlib.closing(sqlite3.connect(tmp_path / "d" / "mqtt.sqlite")) as database:
+        assert not database.execute("SELECT n FROM owed WHERE job = 'bad'").fetchall()
+    assert "hangs up over the response topic" in caplog.text
 
 
 async def test_what_is_too_long_is_answered_and_not_kept(tmp_path, broker):
@@ -445,6 +475,39 @@ async def test_a_command_that_was_lying_there_is_not_carried_out_at_each_return(
         await bot.say("avatar/jobs/submit", {"id": "one", "text": "hello"}, "bot/answers")
         await bot.hears_state("bot/answers", "queued")
         assert list(daemon.jobs.jobs) == ["one"]
+
+
+async def test_a_job_that_is_cancelled_while_it_is_decided_upon_is_cancelled(tmp_path, broker, monkeypatch):
+    decide, writing = Ledger.decide, asyncio.Event()
+
+    async def slowly(ledger: Ledger, n: int, answer: Any = None) -> None:
+        writing.set()
+        await asyncio.sleep(0.3)
+        await decide(ledger, n, answer)
+
+    monkeypatch.setattr(Ledger, "decide", slowly)
+    async with Daemon(tmp_path / "d", broker) as daemon, Caller(broker, "bot/#", "avatar/available") as bot:
+        await bot.hears("avatar/available")
+        await bot.say("avatar/jobs/submit", {"id": "one", "text": "hello"}, "bot/one")
+        await writing.wait()
+        await bot.say("avatar/jobs/one/cancel", b"", "bot/cancel")
+        await bot.hears_state("bot/cancel", "cancelled")
+        await bot.hears_state("bot/one", "cancelled")
+        assert daemon.jobs.jobs["one"].state == "cancelled"
+
+
+async def test_what_was_cancelled_before_it_was_a_job_is_not_made_after_a_kill(tmp_path, broker):
+    async with Daemon(tmp_path / "d", broker) as daemon, Caller(broker, "bot/#", "avatar/available") as bot:
+        await bot.hears("avatar/available")
+        daemon.jobs.slow.clear()
+        await bot.say("avatar/jobs/submit", {"id": "slow", "text": "hello"}, "bot/slow")
+        await until_async(lambda: daemon.jobs.submissions)
+        await bot.say("avatar/jobs/slow/cancel", b"", "bot/cancel")
+        await bot.hears_state("bot/cancel", "cancelled")
+    async with Daemon(tmp_path / "d", broker) as daemon, Caller(broker, "bot/#") as bot:
+        await bot.hears_state("bot/slow", "cancelled")
+        assert daemon.jobs.submissions == 0
+        await settled(tmp_path / "d")
 
 
 async def test_jobs_are_cancelled_wherever_they_are(tmp_path, broker):
