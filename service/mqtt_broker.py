@@ -275,6 +275,8 @@ def new_client(login: Login, will_topic: str) -> aiomqtt.Client:
         socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
     )
     client.pending_calls_threshold = 1000
+    # How a connection ended is told to whoever waits for something then; else asyncio complains that nobody asked.
+    client._disconnected.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     # aiomqtt acknowledges what it receives, so whoever dies with a message has lost it. paho can leave that to us, and
     # has public methods for it, but aiomqtt shows them to nobody. Before connecting: a broker that kept messages for
     # us sends them at once. test_mqtt.py fails when an aiomqtt comes that has this no more.

@@ -382,6 +382,7 @@ class SegmentSink:
                     self._begin = time
                 elif packet.is_keyframe and time - self._begin >= self._seconds:
                     await self._file.write(batch)
+                    self._begin = None  # one that cannot be begun is not written to when this is closed
                     await self._next_file()
                     self._begin, batch = time, []
             batch.append(packet)

@@ -337,6 +337,10 @@ class LiveSession:
             spec = self._spec = self._model.spec
             self._cutter = LiveCutter(spec.samples_per_block, spec.lookahead_samples, spec.sample_rate)
             await self._warm_up()
+            # While sound is still collected: an encoder in hardware can take its time.
+            self._encoder = await asyncio.to_thread(
+                Encoder, spec.width, spec.height, spec.fps, 1, self._encoder_settings
+            )
         finally:
             collecting.cancel()
             await asyncio.gather(collecting, return_exceptions=True)  # an error of the source is raised to every reader
@@ -373,7 +377,8 @@ class LiveSession:
     async def _broadcast(self, stop: asyncio.Event) -> LiveStatus:
         spec = self._spec
         self._samples_per_frame = LISTENER_RATE // spec.fps
-        self._encoder = encoder = Encoder(spec.width, spec.height, spec.fps, 1, self._encoder_settings)
+        encoder = self._encoder
+        assert encoder is not None
         self._pacer = Pacer(spec.fps, self._clock)
         with ThreadPoolExecutor(1, thread_name_prefix="encoder") as self._encoder_thread:
             try:
@@ -390,7 +395,7 @@ class LiveSession:
                     for task in helpers:
                         task.cancel()
                     for lane in self._lanes:
-                        lane.close(complete=self._frame > 0 and self._source_error is None)
+                        lane.close(complete=self._frame > 0 and (self._source_error is None or self._settings.stay))
             except BaseExceptionGroup as group:
                 raise _first(group) from None
             finally:
@@ -406,7 +411,9 @@ class LiveSession:
     async def _listen(self) -> None:
         """Sound from the source into the cutter, as much as is soon needed."""
         if self._settings.lead_s == 0 and self._early.spoken(self._clock()):
-            self._early.drop()  # said into a microphone before it was on air: kept, it would be delay for ever
+            # Said into a microphone before it was on air: kept, it would be delay for ever.
+            self._early.drop()
+            self._source.drop()
         try:
             for samples, came_s in self._early.take():
                 self._hear(samples, came_s)
@@ -504,7 +511,7 @@ class LiveSession:
             watch = _Stopwatch(self._clock, self._spec, functools.partial(self._show, model))
             self._at_work = True
             try:
-                await model.step(audio, watch.frames_came)
+                made = await model.step(audio, watch.frames_came)
             except Exception as error:
                 with contextlib.suppress(AvatardError):
                     await model.close()
@@ -520,6 +527,8 @@ class LiveSession:
                 continue
             finally:
                 self._at_work = False
+            if not made:
+                continue  # a wavefront's pictures come later, and a failure may come before them
             failures = 0
             if self._previous is not None:
                 previous, self._previous = self._previous, None
@@ -536,10 +545,15 @@ class LiveSession:
         self._on_change("not changed")
 
     def _show(self, model: LiveModel, made: FrameBlock) -> None:
-        """Put pictures where they belong, unless the sound they were made of was cut off meanwhile."""
-        number, first = divmod(made.start, self._spec.frames_per_block)
-        for block in self._blocks.values():
-            if block.model is model and block.number == number and block.heard is block.cut.audio:
+        """Put pictures where they belong, unless the sound they were made of was cut off meanwhile.
+
+        On the screen they are shown all the same, until others are made: a face that stands still is no better.
+        """
+        frames = self._spec.frames_per_block
+        number, first = divmod(made.start, frames)
+        for index, block in self._blocks.items():
+            current = block.heard is block.cut.audio or index * frames <= self._frame
+            if block.model is model and block.number == number and current:
                 # In place of those that were there, where they came twice or are made anew.
                 block.pictures[first : first + len(made.frames)] = made.frames
                 self._drawn.set()
@@ -551,12 +565,19 @@ class LiveSession:
     async def _settle_requests(self) -> None:
         """Between two steps: go back after an interruption, change to another model."""
         if self._redo_from is not None:
-            again = {index: block for index, block in self._blocks.items() if index >= self._redo_from}
-            self._redo_from = None
-            # A model that was replaced meanwhile makes nothing again; the one at work goes back as far as it was there.
-            own = [b.number for b in again.values() if b.model is self._model and b.number is not None]
-            if own:
-                await self._model.rewind(min(own))
+            # The model goes back no further than it will make anew: to what is on the screen now, if that is worth it.
+            current = self._frame // self._spec.frames_per_block
+            first, self._redo_from = max(self._redo_from, current), None
+            shown = self._blocks.get(current)
+            if first == current and shown is not None and shown.pictures and not self._in_time(current):
+                first += 1
+            again = {index: block for index, block in self._blocks.items() if index >= first}
+            # One that was replaced makes nothing again; the one before the one at work may have to go on.
+            models = [self._model] if self._previous is None else [self._model, self._previous.model]
+            for model in models:
+                own = [b.number for b in again.values() if b.model is model and b.number is not None]
+                if own:
+                    await model.rewind(min(own))
             for index, block in again.items():
                 block.settled, block.number = False, None
                 if index * self._spec.frames_per_block > self._frame:
@@ -571,28 +592,26 @@ class LiveSession:
 
     def _make_again(self, index: int) -> None:
         """The sound of a block has changed: note from where on the model has to go back."""
-        block = self._blocks[index]
-        first = index
-        frames = self._spec.frames_per_block
-        if index * frames <= self._frame:
-            # On the screen. Its mouth closes sooner if it is made anew, unless it is over by then.
-            left_s = -self._pacer.late_s((index + 1) * frames)
-            if block.pictures and left_s < self._typical_s() + MARGIN_S:
-                first = index + 1
-        self._redo_from = first if self._redo_from is None else min(first, self._redo_from)
+        self._redo_from = index if self._redo_from is None else min(index, self._redo_from)
         self._news.set()
+
+    def _in_time(self, index: int) -> bool:
+        """Whether half of a block could still be shown, were it begun now."""
+        half = self._spec.frames_per_block // 2
+        # In pieces the first half is there before the whole is.
+        expected_s = min(self._typical_s(), _quantile(self._needs, 0.5) + half / self._spec.fps)
+        # With each block in a row that was given up it hopes for a faster one: else nothing would be measured
+        # again, and one slow moment would be believed for ever.
+        expected_s *= HOPE ** min(self._given_up, 5)
+        return self._pacer.late_s(index * self._spec.frames_per_block + half) + expected_s < 0
 
     def _next_to_make(self) -> int | None:
         """The first block that is cut, not made, and of which half can still be shown; earlier ones are given up."""
-        half = self._spec.frames_per_block // 2
         for index in sorted(self._blocks):
             block = self._blocks[index]
             if block.settled:
                 continue
-            # With each block in a row that was given up it hopes for a faster one: else nothing would be measured
-            # again, and one slow moment would be believed for ever.
-            expected_s = self._typical_s() * HOPE ** min(self._given_up, 5)
-            if self._pacer.late_s(index * self._spec.frames_per_block + half) + expected_s < 0:
+            if self._in_time(index):
                 self._given_up = 0
                 return index
             block.settled = True

@@ -173,6 +173,7 @@ class Caller:
 
     async def __aenter__(self) -> Caller:
         self._client = aiomqtt.Client(**self._options)
+        self._client._disconnected.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         await self._client.__aenter__()
         if self._topics:
             await self._client.subscribe([(topic, 1) for topic in self._topics])

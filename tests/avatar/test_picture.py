@@ -291,6 +291,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path = save(tmp_path / "a.png", Image.new("RGB", (400, 300)))
+    Image.init()  # loads a picture of its own
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("was decoded"))
     with pytest.raises(PictureError, match=r"over 0\.1 million"):
         read_picture(path, max_pixels=100_000)

@@ -46,6 +46,7 @@ class InVirtualTime:
         self.step_s, self.times, self.failures = step_s, times, failures
         self.frames_at_once = frames_at_once
         self.before: list[ToyState] = []
+        self.rewound: list[int] = []
         self.closed = False
 
     @property
@@ -69,6 +70,7 @@ class InVirtualTime:
 
     async def rewind(self, block: int) -> None:
         assert self.blocks - block <= 3
+        self.rewound.append(block)
         self.state = restore(self.state, self.before[block])
         del self.before[block:]
 
@@ -378,6 +380,15 @@ def test_a_hiccup_of_the_model_holds_the_picture_and_leaves_no_delay(tmp_path):
     assert abs(file.flashes()[1] - file.clicks()[1]) <= 0.041
 
 
+@pytest.mark.parametrize("frames_at_once", [2, 4, 12])
+def test_a_model_that_needs_most_of_the_time_there_is_makes_every_block(tmp_path, frames_at_once):
+    async def show(air):
+        await air.until(15.0)
+
+    _, status, _ = broadcast(tmp_path, show, step_s=0.42, frames_at_once=frames_at_once)
+    assert (status.skipped, status.held) == (0, 0)
+
+
 def test_a_slow_beginning_is_not_believed_for_ever(tmp_path):
     async def show(air):
         await air.until(12.0)
@@ -427,6 +438,27 @@ def test_after_an_interruption_the_model_hears_silence_within_a_block_and_what_a
     assert darker / 25 - at[0] <= BLOCK_S + 0.25
     assert status.held <= 8
     assert len(air.models) == 1
+
+
+@pytest.mark.parametrize("frames_at_once", [12, 4, 2])
+@pytest.mark.parametrize("step_s", [0.05, 0.15, 0.3])
+def test_the_model_goes_back_no_further_than_it_makes_anew_and_no_face_stands_still(tmp_path, step_s, frames_at_once):
+    """Whatever moment of a block is interrupted: one that the model was taken back before and that is not made again
+    would be on the screen, and the next one would not follow from it."""
+
+    async def show(air):
+        for number, phase in enumerate(np.arange(0.02, BLOCK_S, 0.06)):
+            begin = (3 + 4 * number) * BLOCK_S
+            await air.until(begin)
+            await air.say(voice(2.0))
+            await air.until(begin + 2 * BLOCK_S + phase)
+            air.session.interrupt()
+        await air.until(begin + 6 * BLOCK_S)
+
+    _, status, air = broadcast(tmp_path, show, step_s=step_s, frames_at_once=frames_at_once)
+    assert status.interruptions == 8
+    assert air.models[0].rewound or step_s > 0.05
+    assert (status.skipped, status.held) == (0, 0)
 
 
 def test_a_storm_of_interruptions_does_no_harm(tmp_path):
@@ -517,6 +549,39 @@ def test_a_picture_of_which_the_model_makes_not_one_block_gives_way_to_the_one_b
     assert status.skipped == 0
 
 
+def test_a_wavefronts_picture_that_fails_before_its_first_frame_gives_way_to_the_one_before(tmp_path):
+    async def show(air):
+        await air.until(3.0)
+        air.how = (*air.how[:2], {1}, *air.how[3:])
+        await air.session.set(BRIGHT)
+        await air.until(6.0)
+
+    file, _, air = broadcast(tmp_path, show, delay=1, settings=LiveSettings(lead_s=1.0, stay=True))
+    assert [what for _, what in air.changes if "changed" in what] == ["not changed"]
+    assert file.brightness.max() - file.brightness.min() < 5
+
+
+def test_what_is_gone_back_to_was_interrupted_as_well(tmp_path):
+    """Made ahead of a file, cut off while another picture waits for its first block, which then cannot be made."""
+    numbers = []
+
+    async def show(air):
+        await air.say(voice(20))
+        await air.until(4.1)
+        assert air.session.quiet_s > 0, "it has made all that there is to make"
+        air.how = (*air.how[:2], {0}, *air.how[3:])
+        await air.session.set(BRIGHT)
+        await asyncio.sleep(0.001)
+        numbers.append(air.models[0].blocks)
+        air.session.interrupt()
+        await air.until(7.0)
+
+    _, _, air = broadcast(tmp_path, show, settings=LiveSettings(lead_s=1.0, stay=True))
+    assert [what for _, what in air.changes if "changed" in what] == ["not changed"]
+    assert len(air.models[0].rewound) == 1
+    assert air.models[0].rewound[0] < numbers[0], "what was made of sound that nobody heard did not happen"
+
+
 def test_of_pictures_that_change_before_a_block_is_made_only_the_last_is_kept(tmp_path):
     async def show(air):
         await air.until(2.0)
@@ -576,6 +641,17 @@ def test_the_end_of_the_sound_ends_the_session_when_all_was_heard(tmp_path):
     assert len(file.clicks()) == len(file.flashes()) == 2
     assert 3.0 <= file.frames / 25 <= 3.0 + 2 * BLOCK_S
     assert status.frames == file.frames
+
+
+def test_asked_to_stay_it_stays_when_the_sound_has_failed_and_its_file_is_finished(tmp_path):
+    async def show(air):
+        await air.until(1.0)
+        await air.say(voice(1.0))
+        air.source.close(AvatardError("voice: damaged"))
+        await air.until(6.0)
+
+    file, _, _ = broadcast(tmp_path, show, settings=LiveSettings(stay=True))
+    assert file.frames == pytest.approx(150, abs=2)
 
 
 def test_asked_to_stay_it_idles_when_the_sound_has_ended(tmp_path):

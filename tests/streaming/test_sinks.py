@@ -278,6 +278,23 @@ async def test_a_recording_in_segments_keeps_the_contract_of_sinks(tmp_path):
     assert os.listdir(tmp_path) == ["a-0001.mp4"]
 
 
+async def test_a_segment_that_cannot_be_begun_is_an_error_of_its_output_and_the_one_before_is_finished(
+    tmp_path, monkeypatch
+):
+    sink, start = open_sink(f"segment:2:{tmp_path}/show.mp4"), FileSink.start
+
+    async def refuse_the_second(file, *arguments):
+        if "0002" in file.name:
+            raise SinkError(f"{file.name}: too many open files")
+        await start(file, *arguments)
+
+    monkeypatch.setattr(FileSink, "start", refuse_the_second)
+    with pytest.raises(SinkError, match="too many open files"):
+        await record(sink, 6)
+    await sink.close(complete=False)
+    assert read_mp4(tmp_path / "show-0001.mp4").frames == 50
+
+
 async def test_segments_hold_every_frame_and_packet_once_and_each_plays_by_itself(tmp_path):
     sink = open_sink(f"segment:3:{tmp_path}/show.mp4")
     packets = await record(sink, 13, clicks=[1.0, 5.0, 7.0, 9.0, 11.4])
