@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from audio.errors import AvatardError
 from avatar.cache import Conditioning, KVCache, Turn, empty_keys, empty_values
 from avatar.float8 import FLOAT8
 from avatar.placement import ARRIVING, LEAVING, SLOTS
@@ -54,6 +55,14 @@ class Link(Protocol):
         """The computation goes on from here only when that has happened."""
         ...
 
+    def finish(self, arrival: Any) -> None:
+        """The caller goes on only when that has happened."""
+        ...
+
+
+class NotLocked(AvatardError):
+    """The host does not give as much page-locked memory as was planned with."""
+
 
 class _Pages(mmap.mmap):
     """Memory of the host that is page-locked until nobody refers to it any more.
@@ -65,7 +74,7 @@ class _Pages(mmap.mmap):
 
     @classmethod
     def locked(cls, bytes_: int) -> Tensor:
-        """uint8 [bytes_], zeros. Raises: MemoryError."""
+        """uint8 [bytes_], zeros. Raises: NotLocked."""
         # Private: pages that processes share would be small ones.
         pages = cls(-1, bytes_, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError, AttributeError):
@@ -74,7 +83,10 @@ class _Pages(mmap.mmap):
         memory.zero_()  # by all threads: locking would bring in one page after the other
         failure = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), bytes_, 0))
         if failure:
-            raise MemoryError(f"{bytes_ / 2**30:.1f} GiB of the host could not be page-locked (CUDA error {failure})")
+            raise NotLocked(
+                f"{bytes_ / 2**30:.1f} GiB of the host could not be page-locked (CUDA error {failure}); allow more "
+                "(ulimit -l), or plan with less: model.options.ram"
+            )
         pages.address = memory.data_ptr()
         return memory
 
@@ -111,6 +123,9 @@ class CudaLink:
     def wait(self, arrival: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(arrival)
 
+    def finish(self, arrival: torch.cuda.Event) -> None:
+        arrival.synchronize()
+
 
 class HostLink:
     """Where the device is the host: copies are made when they are asked for."""
@@ -125,6 +140,9 @@ class HostLink:
         copies()
 
     def wait(self, arrival: None) -> None:
+        pass
+
+    def finish(self, arrival: None) -> None:
         pass
 
 
@@ -315,7 +333,7 @@ class RingStream:
     anew for each layer, from the one that all steps share, and for each pass the reference, which each may see
     elsewhere.
 
-    Memory of the host is kept when a stream has ended, for the next one: to lock it takes seconds.
+    Memory of the host is kept when a stream has ended, and given to the next one as zeros: to lock it takes seconds.
 
     Args:
         away: layers whose rings live on the host; blocks: that a ring holds.
@@ -374,7 +392,14 @@ class RingStream:
         batch, _, heads, dim = keys.shape
         sizes = (self._blocks, batch, heads, cache.ring_tokens // self._blocks * dim)
         spare = self._spare[sizes, keys.dtype]
-        ring = spare.pop() if spare else (self._on_host(sizes, keys.dtype), self._on_host(sizes, keys.dtype))
+        if spare:
+            ring = spare.pop()
+            for slot in self._leaving:
+                self._outward.finish(slot.free)  # with what the stream before has made
+            for memory in ring:
+                memory.view(torch.uint8).zero_()  # a ring that is filled again in part is looked at as a whole
+        else:
+            ring = self._on_host(sizes, keys.dtype), self._on_host(sizes, keys.dtype)
         cache.away[layer] = ring
         weakref.finalize(cache, spare.append, ring).atexit = False
 

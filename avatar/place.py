@@ -13,6 +13,7 @@ from torch import nn
 from avatar.cards import GIB, Card, CardError, cache_file, card_key, find_card, load_cards, measure
 from avatar.compile import replay
 from avatar.demand import Demand, Network, Rings
+from avatar.float8 import has_float8_products
 from avatar.live_avatar.dit import CausalDiT
 from avatar.live_avatar.fast import compile_vae, fuse, joined, regroup, use_float8_attention
 from avatar.live_avatar.generator import LATENTS_PER_BLOCK, OptionError, Options
@@ -175,7 +176,8 @@ class Places:
         stream_layers(dit, self._stay["transformer"], self.device, ready=ready)
         self._stream_rings()
         if fast:
-            fuse(dit)
+            if self._fusible:
+                fuse(dit)
             replay(dit, "hear")
 
     def settle_rest(self, vae: WanVae, speech: nn.Module) -> None:
@@ -218,10 +220,10 @@ class Places:
             self.placement.mode,
             self.placement.devices[0].peak_bytes / GIB,
         )
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # no copy is under way into what is let go of
         if self._rings is not None:
             self._rings.leave()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # no copy is under way into what is let go of, or out of it
         for part, staying in self._stay.items():
             # As many as the new plan says, and of those that are there: nothing comes back where room is short.
             there = sorted(staying)
@@ -235,6 +237,12 @@ class Places:
             torch.cuda.empty_cache()
 
     # Inside.
+
+    @property
+    def _fusible(self) -> bool:
+        """Whether the fused kernels run here: before compute capability 8.9 Triton has no e4m3."""
+        in_8_bits = Precision.FP8 in (self.placement.weights, self.placement.cache)
+        return not in_8_bits or has_float8_products(torch.empty(0, device=self.device))
 
     def _stream_rings(self) -> None:
         assert self._dit is not None

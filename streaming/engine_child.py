@@ -207,6 +207,7 @@ class Child:
         at, kept = session.history[-1]
         assert at == block, f"the state before block {block} is not kept, but that before {at}"
         if isinstance(self._model, Resumable):
+            session.state = None  # first: there may be no room for two
             session.state = self._model.resume(session.reference, clone(kept))
         else:
             session.state = restore(session.state, kept)

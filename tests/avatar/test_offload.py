@@ -73,6 +73,10 @@ class LateLink:
             arrival.done = True
             order.remove(arrival)
 
+    def finish(self, arrival: Copy | None) -> None:
+        if arrival is not None:
+            self.wait(arrival)
+
 
 @dataclass
 class HastyLink(LateLink):
@@ -213,6 +217,19 @@ def test_a_stream_takes_over_the_memory_of_one_that_has_ended(expected):
     # Placed anew, all of them away: of five rings four are there.
     stream_rings(dit, (), 2, CPU, link, LateLink(), before=rings)
     assert spoken() == taken * 5 / 4
+
+
+def test_memory_of_a_stream_that_has_ended_is_zeros_for_the_next():
+    dit, link = transformer(), LateLink()
+    rings = stream_rings(dit, (), 2, CPU, link, LateLink())
+    speak(dit, 5, wavefront=False)
+    gc.collect()
+    given = {id(ring): ring for spare in rings._spare.values() for ring in spare}
+    assert all(ring[0].view(torch.uint8).any() for ring in given.values())
+    text = dit.encode_text(torch.zeros(1, 5, TINY.text_dim))
+    cache = dit.new_cache(dit.prefill(torch.zeros(1, 16, 1, 8, 8), torch.zeros(1, 16, 19, 8, 8), text), 6)
+    assert all(id(ring) in given for ring in cache.away.values())
+    assert not any(memory.view(torch.uint8).any() for ring in cache.away.values() for memory in ring)
 
 
 def test_what_comes_for_a_call_finds_there_what_it_is_given(monkeypatch):
