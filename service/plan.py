@@ -87,7 +87,7 @@ def answer(question: Question) -> Answer:
     else:
         found = probe(measure=question.measure)
         if not found:
-            return _on_well_known(question.model, entry, shape, host, target)
+            return _on_well_known(question, entry, shape, host, target)
         if len(found) < question.gpus:
             raise PlanError(f"--gpus {question.gpus}: there are {len(found)} here; name others with --gpu")
         gpus = [card for card, _ in found[: question.gpus]]
@@ -146,25 +146,36 @@ def _ways(shape: Shape, gpus: list[Card], host: Host, target: Target) -> list[tu
     return ways_to_live(shape.demand(), gpus, host, target, [any_less, all_steps])
 
 
-def _on_well_known(model: str, entry: dict[str, Any], shape: Shape, host: Host, target: Target) -> Answer:
+def _on_well_known(question: Question, entry: dict[str, Any], asked: Shape, host: Host, target: Target) -> Answer:
     """One line for each card of the table, for machines without a GPU."""
+    assert question.model is not None
     memory = f"a host with {host.memory_bytes / GIB:.0f} GiB"
-    lines = [*plan_lines({model: entry}), f"no GPU found here; {shape} on one of these, in {memory}:"]
+    wish = f", or as large as {target.fps} fps live holds," if question.live else ""
+    which = f"{question.gpus} of these" if question.gpus > 1 else "one of these"
+    lines = [*plan_lines({question.model: entry}), f"no GPU found here; {asked}{wish} on {which}, in {memory}:"]
     cards = []
     for card in TABLE:
         try:
-            placement = plan(shape.demand(), [card], host, target)
+            shape, placement = _choose(question, asked, [card] * question.gpus, host, target)
         except DoesNotFit as error:
             lines.append(f"  {card.name:10} does not fit: {error}")
             cards.append({"card": card.name, "fits": False, "why": str(error)})
             continue
-        peak = placement.devices[0].peak_bytes
-        lines.append(f"  {card.name:10} {placement.fps:5.1f} frames/s  {peak / GIB:5.1f} GiB  {placement.mode}")
+        peak = max(device.peak_bytes for device in placement.devices)
+        size = f"{shape}: " if shape != asked else "" if placement.holds or not question.live else "not live: "
+        lines.append(f"  {card.name:10} {placement.fps:5.1f} frames/s  {peak / GIB:5.1f} GiB  {size}{placement.mode}")
         cards.append(
-            {"card": card.name, "fits": True, "fps": placement.fps, "peak_bytes": peak, "mode": placement.mode}
+            {
+                "card": card.name,
+                "fits": True,
+                "shape": vars(shape),
+                "fps": placement.fps,
+                "peak_bytes": peak,
+                "mode": placement.mode,
+            }
         )
     lines.append("more with --gpu NAME")
-    return Answer(lines, {model: {**entry, "shape": vars(shape), "cards": cards}})
+    return Answer(lines, {question.model: {**entry, "shape": vars(asked), "cards": cards}})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

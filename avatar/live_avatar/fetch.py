@@ -106,7 +106,7 @@ def fetch(
     sources: tuple[Source, ...] = SOURCES,
     retry_wait_s: float = 2.0,
 ) -> None:
-    """Bring `live-avatar-14b` (46 GB) into a folder, or what is missing of it.
+    """Bring `live-avatar-14b` (47 GB) into a folder, or what is missing of it.
 
     Calling it again goes on where it stopped. A file that is there and unchanged since it was checked is not read
     again; with `verify` it is.

@@ -62,6 +62,14 @@ def test_without_a_gpu_the_well_known_ones_are_listed(machine):
     assert all(card["fits"] for card in told.table[MODEL]["cards"])
 
 
+def test_without_a_gpu_the_largest_size_that_is_live_is_said_for_each(machine):
+    one, two = (asked(live=True, gpus=gpus).table[MODEL]["cards"] for gpus in (1, 2))
+    assert {card["card"]: (card["shape"]["width"], card["shape"]["steps"]) for card in one}["L40S"] < (704, 4)
+    assert all(card["fps"] >= 25 for card in one if card["card"] != "RTX 3090")
+    assert next(card for card in two if card["card"] == "H200")["shape"]["width"] == 704
+    assert any(line.startswith("  RTX 3090") and "not live: " in line for line in asked(live=True).lines)
+
+
 def test_the_gpus_that_are_here_are_planned_for_with_what_is_free_on_them(machine):
     machine("NVIDIA H200, 143771, 30720, 570.1", "NVIDIA H200, 143771, 143000, 570.1")
     cards = probe()
