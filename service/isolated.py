@@ -59,6 +59,9 @@ TAKE_S = 1.0
 PATIENCE_S = 180.0
 """That is waited for an answer: the process may have to share its processor, or wait for a disk."""
 
+INHERITED = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "PYTHONUTF8")
+"""Of the environment, in which there may be secrets."""
+
 MOST_HEADER_BYTES = 1 << 20
 MOST_SOUND_BYTES = 64 << 20
 """In one answer: far more than there is, and no more than can be borne."""
@@ -245,14 +248,15 @@ class _Reader:
         self._socket.settimeout(TAKE_S)
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        # No secrets; and one thread of algebra: there is none to do, and what was forked could not use it.
+        inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "service.isolated", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                # One thread of algebra: there is none to do, and what was forked could not use it.
-                env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+                env={**inherited, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
                 # Ctrl-C is for us.
                 start_new_session=True,
             )

@@ -288,6 +288,14 @@ def test_a_process_that_takes_too_much_is_ended_or_refused(what, status, said, t
     assert said in done.stderr
 
 
+def test_a_secret_of_the_environment_is_not_where_files_are_read(picture, monkeypatch):
+    isolated.picture(picture, LIMITS)
+    isolated._READER.replace(isolated._READER._started())
+    monkeypatch.setenv("AVATARD_SECRET", "swordfish")
+    isolated.picture(picture, LIMITS)
+    assert "swordfish" not in reader().environ().values()
+
+
 def test_the_reader_ends_with_who_started_it():
     code = "import time; from service import isolated; isolated.start(); print(isolated._READER._process.pid, flush=1)"
     with subprocess.Popen(
