@@ -12,7 +12,7 @@ import shutil
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,18 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from filelock import FileLock, Timeout
 
 from audio.errors import AvatardError
-from service.batch_plan import OWN_FOLDER, BatchError, BatchRequest, Item, Step, find_items, plan, shown
+from service.batch_plan import (
+    OWN_FOLDER,
+    BatchError,
+    BatchRequest,
+    Item,
+    Step,
+    find_items,
+    folded,
+    kept,
+    plan,
+    shown,
+)
 from service.manifest import Manifest, Record
 from service.run import Stopped, engine_settings, or_stop, stopping_signals
 from streaming.engine import Engine
@@ -199,7 +210,7 @@ class _Batch:
         self._outcomes: dict[int, Outcome] = {}
         """By the number of the item; those that are missing wait."""
         self._copies: dict[str, list[int]] = {}
-        """Numbers of the items that are copies of what has that name."""
+        """Numbers of the items that are copies of what is made under that name."""
         self._manifest: Manifest
 
     async def run(self, workers: Callable[[Settings], AbstractAsyncContextManager[Workers]] | None) -> BatchResult:
@@ -239,7 +250,7 @@ class _Batch:
             match step.do:
                 case "make":
                     waiting.append(number)
-                case "copy":
+                case "copy" if not step.earlier:
                     self._copies.setdefault(step.source, []).append(number)
                 case "done":
                     record = self._manifest.made(step.item.name)
@@ -248,9 +259,7 @@ class _Batch:
                     self._end(None, number, Outcome(step.item, "failed", error=step.why))
         if waiting:
             await or_stop(self._stop, places.ready())
-        being_made = {self._items[number].name for number in waiting}
-        for name in [name for name in self._copies if name not in being_made]:
-            await self._copy(name)
+        await self._copy_earlier(steps)
         async with asyncio.TaskGroup() as tasks:
             for slot in range(min(places.slots, len(waiting))):
                 tasks.create_task(self._work(places, slot, waiting), name=f"place {slot}")
@@ -296,26 +305,65 @@ class _Batch:
             overwrite=self._request.overwrite or manifest.made(name) is not None or manifest.begun(name),
         )
 
-    async def _copy(self, name: str) -> None:
-        """Whatever is the same video as the one of this name."""
-        for number in self._copies.pop(name, ()):
-            item = self._items[number]
-            made = self._manifest.last(item.key)
-            if made is None or made["state"] != "done":
-                why = f"is the same as {shown(name)}, which failed" + (f": {made['error']}" if made else "")
-                self._end(None, number, Outcome(item, "failed", error=why))
-                continue
+    async def _copy_earlier(self, steps: Sequence[Step]) -> None:
+        """Copy what is there from earlier runs, before anything is made that might get the name of a source."""
+        copies = {number: step for number, step in enumerate(steps) if step.do == "copy" and step.earlier}
+        records = {
+            number: self._manifest.made(step.source) or self._manifest.last(step.item.key)
+            for number, step in copies.items()
+        }
+        # After sounds were renamed, one copy may get the name of which the next is to be made.
+        replaced = {folded(step.item.name) for step in copies.values()}
+        losing = {number: step for number, step in copies.items() if folded(step.source) in replaced}
+        try:
+            await asyncio.to_thread(self._keep, {step.item.key: step.source for step in losing.values()})
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            self._halted = f"{_work(self._request)}: {reason}; make room and start it again"
+        for number, step in copies.items():
+            source = kept(step.item.key) if number in losing else step.source
+            if not self._halted:
+                await self._copy_item(number, source, records[number])
+
+    def _keep(self, losing: Mapping[str, str]) -> None:
+        """Lay the videos with these names, by keys, where they stay until the batch is done. Raises: OSError."""
+        for key, name in losing.items():
+            source, target = self._request.out / name, self._request.out / kept(key)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
             try:
-                await asyncio.to_thread(_copy_file, self._request.out / name, self._request.out / item.name)
-                outcome = Outcome(item, "done", "copied", record=_of_the_video(made))
-                await asyncio.to_thread(self._note, {**outcome.told(), **_described(item)})
-            except OSError as error:
-                reason = (error.strerror or str(error)).lower()
-                outcome = Outcome(item, "failed", error=f"{shown(self._request.out / item.name)}: {reason}")
-            except Halted as error:
-                self._halted = self._halted or str(error)
-                return
-            self._end(None, number, outcome)
+                os.link(os.path.realpath(source), target)
+            except OSError:  # the file system knows no links, or the result is one to another disk
+                _copy_file(source, target)
+
+    async def _copy(self, name: str) -> None:
+        """Whatever is the same video as the one that was made under this name."""
+        for number in self._copies.pop(name, ()):
+            if not self._halted:
+                await self._copy_item(number, name, self._manifest.made(name))
+
+    async def _copy_item(self, number: int, source: str, record: Record | None) -> None:
+        """source: below `out`; record: what the manifest says of the video there."""
+        item = self._items[number]
+        last = self._manifest.last(item.key)
+        if last is None or last["state"] != "done" or record is None or record["key"] != item.key:
+            failure = last.get("error") if last else None
+            why = f"is the same as {shown(source)}, which failed" + (f": {failure}" if failure else "")
+            self._end(None, number, Outcome(item, "failed", error=why))
+            return
+        try:
+            # Noted first: a kill may come when the file has its name and the manifest does not say so yet.
+            await asyncio.to_thread(self._note, {**_described(item), "state": "begun"})
+            await asyncio.to_thread(_copy_file, self._request.out / source, self._request.out / item.name)
+            outcome = Outcome(item, "done", "copied", record=_of_the_video(record))
+            await asyncio.to_thread(self._note, {**outcome.told(), **_described(item)})
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            outcome = Outcome(item, "failed", error=f"{shown(self._request.out / item.name)}: {reason}")
+        except Halted as error:
+            self._halted = self._halted or str(error)
+            return
+        self._end(None, number, outcome)
 
     def _note(self, record: dict[str, Any]) -> None:
         try:

@@ -64,14 +64,16 @@ class Item:
 class Step:
     """What is to be done about one item.
 
-    make: render it; copy: it is the same video as the one whose name is in `source`, made before or on the way; done:
-    it is there; failed: it failed before, or can only fail, as `why` says.
+    make: render it; copy: it is the same video as the one at `source` below `out`, which is made on the way, or was
+    there before anything is done if it is `earlier`; done: it is there; failed: it failed before, or can only fail, as
+    `why` says.
     """
 
     item: Item
     do: Literal["make", "copy", "done", "failed"]
     why: str = ""
     source: str = ""
+    earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ def plan(
     named = _with_names([item for item in known if isinstance(item, Item)], request, manifest)
     steps = iter(_steps(named, request, manifest))
     return [next(steps) if isinstance(item, Item) else item for item in known]
+
+
+def kept(key: str) -> str:
+    """The path below `out` of a video that is to be copied, and loses its name before that is done."""
+    return f"{OWN_FOLDER}/work/kept/{key}"
 
 
 def shown(path: object) -> str:
@@ -419,17 +426,17 @@ def _with_names(items: Sequence[Item], request: BatchRequest, manifest: Manifest
     taken: dict[str, Item] = {}
     for item in items:
         if item.chosen:
-            other = taken.setdefault(_folded(item.name), item)
+            other = taken.setdefault(folded(item.name), item)
             if other is not item:
                 raise BatchError(
                     f"name: {item.name}: is to be the name of {shown(other.audio)} and of {shown(item.audio)}"
                 )
-    wishes = Counter(_folded(item.name) for item in items if not item.chosen)
+    wishes = Counter(folded(item.name) for item in items if not item.chosen)
     named = []
     for item in items:
         if not item.chosen:
             item = replace(item, name=_free_name(item, wishes, taken, request, manifest))
-            taken[_folded(item.name)] = item
+            taken[folded(item.name)] = item
         named.append(item)
     return named
 
@@ -439,13 +446,14 @@ def _free_name(
 ) -> str:
     def is_free(name: str) -> bool:
         record = manifest.made(name)
-        another = record is not None and record["audio"] != str(item.audio.absolute()) and _is_there(request, record)
-        return _folded(name) not in taken and not another
+        others = record is not None and record["audio"] != str(item.audio.absolute())
+        another = others and _held(name, request, manifest) is not None
+        return folded(name) not in taken and not another
 
     before = manifest.last(item.key)
     if before is not None and before["audio"] == str(item.audio.absolute()) and is_free(before["name"]):
         return str(before["name"])
-    if wishes[_folded(item.name)] == 1 and is_free(item.name):
+    if wishes[folded(item.name)] == 1 and is_free(item.name):
         return item.name
     wish = PurePosixPath(item.name)
     with_type = _short(wish.with_name(f"{wish.stem}{item.audio.suffix.lower()}.mp4"))
@@ -454,7 +462,7 @@ def _free_name(
     return next(name for name in candidates if is_free(name))
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
     """What a file system that does not tell capitals or ways of writing an accent apart makes of a name."""
     return unicodedata.normalize("NFC", name).casefold()
 
@@ -476,41 +484,61 @@ def _short(name: PurePosixPath) -> str:
 
 
 def _steps(items: Iterable[Item], request: BatchRequest, manifest: Manifest) -> Iterator[Step]:
-    made: dict[str, str] = {}
-    """Names by keys: of what is there, and of what will have been made before the copies of it."""
+    made: dict[str, Step] = {}
+    """By keys: what is there, and what will have been made before the copies of it."""
     for item in items:
         step = _step(item, request, manifest, made)
         if step.do in ("make", "done"):
-            made.setdefault(item.key, item.name)
+            made.setdefault(item.key, step)
         yield step
 
 
-def _step(item: Item, request: BatchRequest, manifest: Manifest, made: dict[str, str]) -> Step:
-    under_this_name, last = manifest.made(item.name), manifest.last(item.key)
-    is_there = False
-    if under_this_name is not None and _is_there(request, under_this_name):
-        is_there = True
-        if under_this_name["key"] == item.key and not request.overwrite:
-            return Step(item, "done")
+def _step(item: Item, request: BatchRequest, manifest: Manifest, made: dict[str, Step]) -> Step:
+    held, last = _held(item.name, request, manifest), manifest.last(item.key)
+    if held is not None and held["key"] == item.key and not request.overwrite:
+        return Step(item, "done")
     path = request.out / item.name
-    is_ours = is_there or manifest.begun(item.name)
+    is_ours = held is not None or manifest.begun(item.name)
     if os.path.lexists(path) and not is_ours and not request.overwrite:
         return Step(
             item, "failed", f"{shown(path)}: exists already and was not made by this batch; remove it, or --overwrite"
         )
     if item.key in made:
-        return Step(item, "copy", source=made[item.key])
+        step = made[item.key]
+        return Step(item, "copy", source=step.item.name, earlier=step.do == "done")
     if last is not None and not request.overwrite:
         if last["state"] == "failed" and not request.retry_failed:
             return Step(item, "failed", f"{last['error']} (it was tried before; --retry-failed tries it again)")
-        if last["state"] == "done" and _is_there(request, last):
-            return Step(item, "copy", source=last["name"])
+        if last["state"] == "done" and (source := _source(last, request, manifest)):
+            return Step(item, "copy", source=source, earlier=True)
     return Step(item, "make")
 
 
-def _is_there(request: BatchRequest, record: Record) -> bool:
-    """Whether a result lies where it was put, as far as its length tells."""
+def _held(name: str, request: BatchRequest, manifest: Manifest) -> Record | None:
+    """What was done under that name, if it lies there still, as far as its length tells."""
+    record, path = manifest.made(name), request.out / name
     try:
-        return (request.out / record["name"]).stat().st_size == record["bytes"]
+        if record is None or path.stat().st_size != record["bytes"]:
+            return None
+        if manifest.begun(name):  # another may have got the name before a kill, perhaps of the same length
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != record.get("sha256"):
+                    return None
     except OSError:
-        return False
+        return None
+    return record
+
+
+def _source(done: Record, request: BatchRequest, manifest: Manifest) -> str:
+    """Where the video of that work lies below `out`; "" where it does not any more.
+
+    Never under a name that another work has got since, whatever the record says.
+    """
+    for name in manifest.names_of(done["key"]):
+        if _held(name, request, manifest) is not None:
+            return name
+    try:
+        is_kept = (request.out / kept(done["key"])).stat().st_size == done["bytes"]
+    except OSError:
+        return ""
+    return kept(done["key"]) if is_kept else ""

@@ -25,6 +25,7 @@ class Manifest:
         self.path = path
         self._by_key: dict[str, Record] = {}
         self._by_name: dict[str, Record] = {}
+        self._names: dict[str, dict[str, None]] = {}
         self._begun: set[str] = set()
         self._hashes: dict[tuple[str, int, int], str] = {}
         for record in _records(path):
@@ -53,6 +54,10 @@ class Manifest:
         """The last outcome that was done under that name."""
         return self._by_name.get(name)
 
+    def names_of(self, key: str) -> list[str]:
+        """The names under which that work was the last that was done, the latest first."""
+        return [name for name in reversed(self._names.get(key, {})) if self._by_name[name]["key"] == key]
+
     def begun(self, name: str) -> bool:
         """Whether the last that is known of that name is that it was begun: a kill may have come after its file."""
         return name in self._begun
@@ -69,6 +74,9 @@ class Manifest:
             self._by_key[record["key"]] = record
         if record["state"] == "done":
             self._by_name[record["name"]] = record
+            names = self._names.setdefault(record["key"], {})
+            names.pop(record["name"], None)  # so that it comes last
+            names[record["name"]] = None
         for file in record.get("inputs", ()):
             self._hashes[file["path"], file["bytes"], file["mtime_ns"]] = file["sha256"]
 

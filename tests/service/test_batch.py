@@ -22,6 +22,7 @@ from mp4 import clicks_at, read_mp4, write_sound
 from PIL import Image
 from waiting import until
 
+import service.batch
 from service.batch import BatchResult, BatchWatcher, Outcome, batch, table
 from service.batch_plan import BatchRequest, Item
 from service.config import Settings, load_settings
@@ -167,6 +168,88 @@ def test_a_model_that_ends_for_good_halts_the_batch(folder, tmp_path):
     assert "starting it again failed 3 times in a row" in result.halted
     assert states(result)["a.mp4"] == "waiting"
     assert states(batch(asked(folder), toy(), BatchWatcher()))["a.mp4"] == "made"
+
+
+def rename(sounds: Path, **names: str) -> None:
+    """All at once: each of these sounds gets the name beside it."""
+    for name in names:
+        os.rename(sounds / f"{name}.wav", sounds / f"{name}.aside")
+    for name, new in names.items():
+        os.rename(sounds / f"{name}.aside", sounds / f"{new}.wav")
+
+
+@pytest.fixture
+def numbered(folder: Path) -> Path:
+    """Three sounds: a.wav of one second, b.wav of two, c.wav of three; all of them made."""
+    shutil.rmtree(folder / "in")
+    (folder / "in").mkdir()
+    for seconds, name in enumerate("abc", 1):
+        write_sound(folder / "in" / f"{name}.wav", clicks_at([0.5], float(seconds)), 16_000)
+    batch(asked(folder), toy(), BatchWatcher())
+    return folder
+
+
+def seconds_of(out: Path) -> dict[str, int]:
+    return {path.stem: read_mp4(path).frames // 25 for path in out.glob("*.mp4")}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"b": "c", "a": "b"}, {"a": 1, "b": 1, "c": 2}),
+        ({"a": "b", "b": "a"}, {"a": 2, "b": 1, "c": 3}),
+        ({"a": "b", "b": "c", "c": "a"}, {"a": 3, "b": 1, "c": 2}),
+        ({"a": "b", "b": "c", "c": "d"}, {"a": 1, "b": 1, "c": 2, "d": 3}),
+    ],
+    ids=["forward", "swapped", "around", "one more"],
+)
+def test_sounds_that_get_names_of_others_are_copied_from_their_own_videos(numbered, names, expected):
+    rename(numbered / "in", **names)
+    seen = Seen()
+    result = batch(asked(numbered), toy(), seen)
+    assert not result.count("failed")
+    assert not [line for line in seen.told if line.endswith("began")]
+    assert seconds_of(numbered / "out") == expected
+    assert set(states(batch(asked(numbered), toy(), BatchWatcher())).values()) == {"kept"}
+
+
+def test_a_sound_that_is_put_in_front_does_not_take_the_video_that_is_copied(numbered):
+    rename(numbered / "in", a="b", b="c", c="d")
+    write_sound(numbered / "in" / "a.wav", clicks_at([0.5], 4.0), 16_000)
+    shutil.copy(numbered / "in" / "a.wav", numbered / "in" / "e.wav")
+    result = batch(asked(numbered), toy(), BatchWatcher())
+    assert list(states(result).values()) == ["made", "copied", "copied", "copied", "copied"]
+    assert seconds_of(numbered / "out") == {"a": 4, "b": 1, "c": 2, "d": 3, "e": 4}
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("before", [True, False], ids=["before the name", "after the name"])
+def test_copies_that_a_kill_cuts_short_are_gone_on_with(numbered, monkeypatch, links, before):
+    rename(numbered / "in", a="b", b="c", c="a")
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    copy_file = service.batch._copy_file
+
+    def killed(source: Path, target: Path) -> None:
+        is_second = target.name == "b.mp4"
+        if not (is_second and before):
+            copy_file(source, target)
+        if is_second:
+            raise RuntimeError("the end of this process")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.batch, "_copy_file", killed)
+        if not links:
+            patch.setattr(os, "link", no_links)
+        with pytest.raises(RuntimeError):
+            batch(asked(numbered), toy(), BatchWatcher())
+    seen = Seen()
+    batch(asked(numbered), toy(), seen)
+    assert not [line for line in seen.told if line.endswith("began")]
+    assert seconds_of(numbered / "out") == {"a": 3, "b": 1, "c": 2}
+    assert os.listdir(numbered / "out" / ".avatard") == ["lock"]
 
 
 # The command.

@@ -250,6 +250,29 @@ def test_a_sound_under_another_name_is_copied_and_not_made_again(lay):
     assert [(s.item.name, s.do, s.source) for s in steps] == [("b.mp4", "done", ""), ("c.mp4", "copy", "a.mp4")]
 
 
+def test_nothing_is_copied_from_a_name_that_another_video_has_got(lay):
+    """All of these files are equally long, so that nothing but the manifest tells them apart."""
+    lay(**{"in/a.wav": "one", "in/b.wav": "one"})
+    finish(request("in"))
+    lay(**{"in/b.wav": "two", "in/c.wav": "one"})
+    finish(request("in"), "b.mp4")
+    steps = planned(request("in"))
+    assert [(s.item.name, s.do, s.source) for s in steps][2:] == [("c.mp4", "copy", "a.mp4")]
+    lay(**{"in/a.wav": "three"})
+    finish(request("in"), "a.mp4")
+    assert does(request("in")) == {"a.mp4": "done", "b.mp4": "done", "c.mp4": "make"}
+
+
+def test_a_name_that_another_render_had_begun_is_trusted_by_its_content_alone(lay):
+    lay("in/a.wav")
+    (step,) = planned(request("in"))
+    finish(request("in"))
+    begun = {"state": "begun", "key": "another", "name": "a.mp4", "audio": str(Path("in/a.wav").absolute())}
+    Manifest(Path("out/manifest.jsonl")).add(begun)
+    Path("out/a.mp4").write_text("x" * len(step.item.key))
+    assert does(request("in")) == {"a.mp4": "make"}
+
+
 def test_the_same_sound_twice_is_made_once(lay):
     lay(**{"in/a.wav": "same", "in/b.wav": "same", "in/c.wav": "other"})
     steps = planned(request("in"))
