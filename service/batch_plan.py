@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import fnmatch
@@ -140,7 +141,7 @@ def plan(
     """What is to be done about each of them, in their order. Reads every byte of what is not known yet. Blocking.
 
     on_look: called before each item is looked at, with its number; what it raises ends the plan.
-    Raises: BatchError: two are to have the same name.
+    Raises: BatchError: two are to have the same name, or one that of a file which the batch is made from.
     """
     hashes = _Hashes(manifest)
     alike = _for_all(settings)
@@ -149,7 +150,9 @@ def plan(
         on_look(number)
         known.append(_with_key(item, hashes, alike))
     named = _with_names([item for item in known if isinstance(item, Item)], request, manifest)
-    steps = iter(_steps(named, request, manifest))
+    of_named = list(_steps(named, request, manifest))
+    _spare_inputs(of_named, items, request)
+    steps = iter(of_named)
     return [next(steps) if isinstance(item, Item) else item for item in known]
 
 
@@ -491,6 +494,29 @@ def _steps(items: Iterable[Item], request: BatchRequest, manifest: Manifest) -> 
         if step.do in ("make", "done"):
             made.setdefault(item.key, step)
         yield step
+
+
+def _spare_inputs(steps: Iterable[Step], items: Iterable[Item], request: BatchRequest) -> None:
+    """Raises: BatchError: a result would replace a sound, a picture or the table, by whatever path it is named."""
+    inputs: dict[Path, str] = {}
+    for item in items:
+        inputs |= {item.audio: "a sound", item.image: "a picture"}
+    inputs |= {path: "the table" for path in request.images if path.suffix.lower() in TABLES}
+    known: dict[tuple[int, int], str] = {}
+    for path, what in inputs.items():
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            known[stat.st_dev, stat.st_ino] = f"{shown(path)}, {what} of this batch"
+    for step in steps:
+        if step.do == "done":
+            continue
+        with contextlib.suppress(OSError):
+            stat = (request.out / step.item.name).stat()
+            if replaced := known.get((stat.st_dev, stat.st_ino)):
+                raise BatchError(
+                    f"--out {shown(request.out)}: the result of {shown(step.item.audio)} would replace {replaced}; "
+                    "name another folder"
+                )
 
 
 def _step(item: Item, request: BatchRequest, manifest: Manifest, made: dict[str, Step]) -> Step:

@@ -330,6 +330,34 @@ def test_a_file_that_is_not_ours_is_not_replaced(lay):
     assert step.why == "out/a.mp4: exists already and was not made by this batch; remove it, or --overwrite"
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize(
+    ("link", "table", "message"),
+    [
+        (
+            "in/a.wav",
+            "audio\n*\n",
+            "--out out: the result of in/a.wav would replace in/a.wav, a sound of this batch; name",
+        ),
+        ("face.png", "audio\n*\n", "would replace face.png, a picture of this batch"),
+        ("bob.png", "audio,image\na.wav,bob.png\n", "would replace bob.png, a picture of this batch"),
+        ("t.csv", "audio\n*\n", "would replace t.csv, the table of this batch"),
+    ],
+)
+def test_nothing_that_the_batch_is_made_from_is_replaced(lay, link, table, message, overwrite):
+    lay("in/a.wav", "bob.png", "out/other.mp4", **{"t.csv": table})
+    os.link(link, "out/a.mp4")
+    with pytest.raises(BatchError) as caught:
+        planned(request("in", image=("face.png", "t.csv"), overwrite=overwrite))
+    assert message in str(caught.value)
+
+
+def test_a_sound_in_the_folder_of_results_is_not_replaced_by_its_result(lay):
+    lay("out/film.mp4")
+    with pytest.raises(BatchError, match=r"the result of out/film.mp4 would replace out/film.mp4, a sound"):
+        planned(request("out", overwrite=True))
+
+
 def test_a_file_of_a_render_that_was_killed_before_it_was_noted_is_ours(lay):
     lay("in/a.wav", "out/a.mp4")
     (step,) = planned(request("in"))
