@@ -8,8 +8,10 @@ import difflib
 import fnmatch
 import hashlib
 import io
+import itertools
 import json
 import os
+import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -245,23 +247,50 @@ def _rows(table: Path) -> Iterator[_Row]:
         raise BatchError(f"{shown(table)}: is not a text in UTF-8 that can be read; save the table anew") from error
     lines = _json_lines if table.suffix.lower() in (".jsonl", ".ndjson") else _csv_lines
     for at, values in lines(shown(table), text):
-        unknown = [column for column in values if column not in COLUMNS]
-        if unknown:
-            close = difflib.get_close_matches(str(unknown[0]), COLUMNS, 1, 0.5)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COLUMNS)}"
-            raise BatchError(f"{at}: {unknown[0]}: unknown column; {hint}")
+        _check_columns(at, values)
         yield _row(at, table.parent, values)
 
 
+def _check_columns(at: str, columns: Iterable[str]) -> None:
+    for column in columns:
+        if column not in COLUMNS:
+            close = difflib.get_close_matches(column, COLUMNS, 1, 0.5)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COLUMNS)}"
+            raise BatchError(f"{at}: {reprlib.repr(column)}: unknown column; {hint}")
+
+
 def _csv_lines(name: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    titles: list[str] = []
+    for at, values in _csv_records(name, text):
+        if titles:
+            if len(values) > len(titles):
+                raise BatchError(f"{at}: has more columns than the first line names")
+            yield at, dict(itertools.zip_longest(titles, values, fillvalue=""))
+            continue
+        titles = values
+        _check_columns(at, titles)
+        if twice := [column for column, number in Counter(titles).items() if number > 1]:
+            raise BatchError(f"{at}: {twice[0]}: is the title of two columns; leave one out")
+
+
+def _csv_records(name: str, text: str) -> Iterator[tuple[str, list[str]]]:
+    """What is not empty, with the line on which it begins."""
     # Spreadsheets part columns by what their language leaves free.
     head = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
-    for values in reader:
-        at = f"{name}:{reader.line_num}"
-        if None in values:
-            raise BatchError(f"{at}: has more columns than the first line names")
-        yield at, {column.strip(): (value or "").strip() for column, value in values.items()}
+    # Strict, since a quote that is not closed would take the rest of the table for one text.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    while True:
+        at = f"{name}:{reader.line_num + 1}"
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise BatchError(
+                f"{at}: is not CSV ({error}); close each quote, and write one that belongs to a text twice"
+            ) from error
+        if values is None:
+            return
+        if values:
+            yield at, [value.strip() for value in values]
 
 
 def _json_lines(name: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:

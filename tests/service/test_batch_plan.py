@@ -158,7 +158,14 @@ def test_a_pattern_in_a_table_is_for_what_no_line_names(lay):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("audio,imge\na.wav,x\n", "t.csv:2: imge: unknown column; did you mean image?"),
+        ("audio,imge\na.wav,x\n", "t.csv:1: 'imge': unknown column; did you mean image?"),
+        ("audio,imge\n", "t.csv:1: 'imge': unknown column"),
+        ("audio,\na.wav,\n", "t.csv:1: '': unknown column; there are audio, image,"),
+        ("audio,seed,seed\na.wav,1,2\n", "t.csv:1: seed: is the title of two columns"),
+        ('audio,prompt\na.wav,"smiles\nb.wav,\n', "t.csv:2: is not CSV (unexpected end of data); close each quote"),
+        ('audio,prompt\n\na.wav,"smi"les\nb.wav,\n', "t.csv:3: is not CSV (',' expected after '\"'); close each quote"),
+        (f"audio,prompt\na.wav,{'x' * 140_000}\n", "t.csv:2: is not CSV (field larger than field limit (131072))"),
+        ('audio,prompt\na.wav,"two\nlines"\nz.wav,\n', "t.csv:4: audio: z.wav is none of"),
         ("image\nface.png\n", "t.csv:2: audio: is missing"),
         ("audio,seed\na.wav,-1\n", "t.csv:2: seed: '-1' is not a whole number from 0 on"),
         ("audio,seed\na.wav,1.5\n", "t.csv:2: seed: '1.5' is not"),
