@@ -294,10 +294,15 @@ def _csv_records(name: str, text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _json_lines(name: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines, which also parts a text at characters that JSON allows in it.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 values = json.loads(line)
+            except RecursionError as error:
+                raise BatchError(
+                    f"{name}:{number}: is nested too deeply; write each value as a text or number"
+                ) from error
             except ValueError as error:
                 raise BatchError(f"{name}:{number}: is not JSON ({error})") from error
             if not isinstance(values, dict):
@@ -307,18 +312,18 @@ def _json_lines(name: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _row(at: str, folder: Path, values: dict[str, Any]) -> _Row:
     for column, value in values.items():
-        if column != "seed" and (not isinstance(value, str) or "\0" in value):
-            raise BatchError(f"{at}: {column}: {value!r} is not a text")
+        if column != "seed" and not _is_text(value, column):
+            raise BatchError(f"{at}: {column}: {reprlib.repr(value)} is not a text")
     if not values.get("audio"):
         raise BatchError(f"{at}: audio: is missing; name the sound that this line is about")
     seed = values.get("seed", "")
     if seed != "":
         try:
             seed = int(seed)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # the last is what JSON's Infinity gives
             seed = -1
         if not 0 <= seed < 2**63 or isinstance(values["seed"], bool | float):
-            raise BatchError(f"{at}: seed: {values['seed']!r} is not a whole number from 0 on")
+            raise BatchError(f"{at}: seed: {reprlib.repr(values['seed'])} is not a whole number from 0 on")
     return _Row(
         at=at,
         folder=folder,
@@ -328,6 +333,18 @@ def _row(at: str, folder: Path, values: dict[str, Any]) -> _Row:
         seed=None if seed == "" else seed,
         name=_chosen_name(at, values["name"]) if values.get("name") else "",
     )
+
+
+def _is_text(value: object, column: str) -> bool:
+    """Whether it can be said or, where it is a path, opened; JSON can write halves of characters, which cannot."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        # Some of these halves stand for bytes of a path that is no text.
+        value.encode(errors="surrogateescape" if column in ("audio", "image") else "strict")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _chosen_name(at: str, name: str) -> str:
@@ -346,7 +363,9 @@ def _in_table(rows: Iterable[_Row]) -> Iterator[_Sound]:
     seen: set[Path] = set()
     for row in rows:
         if row.is_pattern:
-            raise BatchError(f"{row.at}: audio: {row.audio} is a pattern; name the folder it is about, or a file")
+            raise BatchError(
+                f"{row.at}: audio: {shown(row.audio)} is a pattern; name the folder it is about, or a file"
+            )
         path = row.folder / row.audio
         if (real := path.resolve()) not in seen:
             seen.add(real)
@@ -368,7 +387,7 @@ def _with_rows(sounds: Sequence[_Sound], rows: Sequence[_Row]) -> Iterator[tuple
         if sound is None and names[row.audio] == 1:
             sound = next(sound for sound in sounds if sound.path.name == row.audio)
         if sound is None:
-            raise BatchError(f"{row.at}: audio: {row.audio} is none of the {len(sounds)} sounds of this batch")
+            raise BatchError(f"{row.at}: audio: {shown(row.audio)} is none of the {len(sounds)} sounds of this batch")
         of_sound.setdefault(sound, []).append(row)
     for sound in sounds:
         fitting = next((row for row in patterns if _matches(sound.relative, [row.audio])), None)
@@ -377,7 +396,9 @@ def _with_rows(sounds: Sequence[_Sound], rows: Sequence[_Row]) -> Iterator[tuple
             yield sound, of_it
     for row in patterns:
         if not any(_matches(sound.relative, [row.audio]) for sound in sounds):
-            raise BatchError(f"{row.at}: audio: none of the {len(sounds)} sounds of this batch matches {row.audio}")
+            raise BatchError(
+                f"{row.at}: audio: none of the {len(sounds)} sounds of this batch matches {shown(row.audio)}"
+            )
 
 
 def _item(sound: _Sound, row: _Row | None, picture: Path | None, settings: Settings) -> Item:

@@ -192,6 +192,15 @@ def test_a_table_that_is_wrong_is_one_line_that_says_where(lay, table, message):
         ("{", "t.jsonl:2: is not JSON"),
         ("[]", "t.jsonl:2: is not an object"),
         ('{"audio": 3}', "t.jsonl:2: audio: 3 is"),
+        ('{"audio": "\\ud800.wav"}', r"t.jsonl:2: audio: '\\ud800.wav' is not a text"),
+        ('{"audio": "a.wav", "image": "\\udfff"}', r"t.jsonl:2: image: '\\udfff' is not a text"),
+        ('{"audio": "a.wav", "prompt": "\\udc80"}', r"t.jsonl:2: prompt: '\\udc80' is not a text"),
+        ('{"audio": "a.wav", "name": "\\udc80"}', r"t.jsonl:2: name: '\\udc80' is not a"),
+        ('{"audio": "\\udc80.wav"}', "t.jsonl:2: audio: \ufffd.wav is none of"),
+        ('{"audio": ' + "[" * 100_000 + "]" * 100_000 + "}", "t.jsonl:2: is nested too deeply"),
+        ('{"audio": ' + "[" * 800 + "]" * 800 + "}", "t.jsonl:2: audio: .* is not a text"),
+        ('{"audio": "a.wav", "seed": Infinity}', "t.jsonl:2: seed: inf is not a whole number"),
+        ('{"audio": "a.wav", "prompt": "one\u2028two"}\n{', "t.jsonl:3: is not JSON"),
     ],
 )
 def test_a_line_that_is_wrong_is_told_by_its_number(lay, line, message):
