@@ -31,6 +31,7 @@ from service.batch_plan import (
     folded,
     kept,
     plan,
+    read_manifest,
     shown,
 )
 from service.manifest import Manifest, Record
@@ -142,7 +143,7 @@ def batch(
 
 def dry_run(request: BatchRequest, settings: Settings) -> list[Step]:
     """What `batch` would do. Nothing is written, and no model is loaded. Raises: BatchError."""
-    return plan(find_items(request, settings), request, settings, Manifest(_manifest(request)))
+    return plan(find_items(request, settings), request, settings, read_manifest(request))
 
 
 async def attempt(
@@ -216,7 +217,7 @@ class _Batch:
     async def run(self, workers: Callable[[Settings], AbstractAsyncContextManager[Workers]] | None) -> BatchResult:
         self._items = await asyncio.to_thread(find_items, self._request, self._settings)
         with stopping_signals(self._stop, lambda: self._engine), _own_folder(self._request):
-            self._manifest = Manifest(_manifest(self._request))
+            self._manifest = read_manifest(self._request)
             with contextlib.suppress(Stopped):
                 # The model loads while the sounds are looked at.
                 async with (workers or self._local)(self._settings) as places:
@@ -441,10 +442,6 @@ def _outcome(item: Item, made: dict[str, Any]) -> Outcome:
     if made["state"] == "done":
         return Outcome(item, "done", "made", record=rest)
     return Outcome(item, "failed", error=made["error"], trace=made.get("trace", ""), record=rest)
-
-
-def _manifest(request: BatchRequest) -> Path:
-    return request.out / "manifest.jsonl"
 
 
 def _work(request: BatchRequest) -> Path:

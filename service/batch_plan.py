@@ -107,7 +107,8 @@ class _Row:
 
     @property
     def is_pattern(self) -> bool:
-        return any(mark in self.audio for mark in "*?[") and not (self.folder / self.audio).exists()
+        # Not Path.exists, which takes a pattern longer than any name for a bug.
+        return any(mark in self.audio for mark in "*?[") and not os.path.exists(self.folder / self.audio)
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,17 @@ def plan(
     return [next(steps) if isinstance(item, Item) else item for item in known]
 
 
+def read_manifest(request: BatchRequest) -> Manifest:
+    """What is known of the folder of results. Raises: BatchError."""
+    try:
+        return Manifest(request.out / "manifest.jsonl")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise BatchError(
+            f"--out {shown(request.out)}: cannot be a folder of results ({reason}); name another"
+        ) from error
+
+
 def kept(key: str) -> str:
     """The path below `out` of a video that is to be copied, and loses its name before that is done."""
     return f"{OWN_FOLDER}/work/kept/{key}"
@@ -171,9 +183,14 @@ def shown(path: object) -> str:
 # Sounds
 
 
+def _real(path: Path) -> str:
+    """The path without links; not Path.resolve, which takes a link that leads to itself for a bug."""
+    return os.path.realpath(path)
+
+
 def _found(request: BatchRequest) -> Iterator[_Sound]:
     """Each sound of the sources once, in the order of their names."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for source in request.sources:
         if source.is_dir():
             sounds = _below(source, request)
@@ -182,14 +199,14 @@ def _found(request: BatchRequest) -> Iterator[_Sound]:
         else:
             raise BatchError(f"{shown(source)}: no such file or folder; check the path of the sounds")
         for sound in sounds:
-            if (real := sound.path.resolve()) not in seen:
+            if (real := _real(sound.path)) not in seen:
                 seen.add(real)
                 yield sound
 
 
 def _below(folder: Path, request: BatchRequest) -> Iterator[_Sound]:
     """The sounds in a folder. Nothing hidden, nothing of the results, and no link to a folder is followed."""
-    out, patterns = request.out.resolve(), request.patterns or tuple(f"*.{suffix}" for suffix in SUFFIXES)
+    out, patterns = _real(request.out), request.patterns or tuple(f"*.{suffix}" for suffix in SUFFIXES)
     for top, folders, files in os.walk(folder, onerror=_complain):
         here = Path(top)
         relative = PurePosixPath(here.relative_to(folder))
@@ -199,7 +216,7 @@ def _below(folder: Path, request: BatchRequest) -> Iterator[_Sound]:
             if request.recursive
             and not name.startswith(".")
             and not _matches(relative / name, request.exclude)
-            and (here / name).resolve() != out
+            and _real(here / name) != out
         )
         for name in sorted(files):
             path = relative / name
@@ -360,14 +377,14 @@ def _chosen_name(at: str, name: str) -> str:
 
 def _in_table(rows: Iterable[_Row]) -> Iterator[_Sound]:
     """The sounds that a table names, each once."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for row in rows:
         if row.is_pattern:
             raise BatchError(
                 f"{row.at}: audio: {shown(row.audio)} is a pattern; name the folder it is about, or a file"
             )
         path = row.folder / row.audio
-        if (real := path.resolve()) not in seen:
+        if (real := _real(path)) not in seen:
             seen.add(real)
             inside = not PurePosixPath(row.audio).is_absolute() and ".." not in PurePosixPath(row.audio).parts
             yield _Sound(path, PurePosixPath(row.audio if inside else path.name))
@@ -377,13 +394,13 @@ def _with_rows(sounds: Sequence[_Sound], rows: Sequence[_Row]) -> Iterator[tuple
     """Each sound with every line that names it; with the first pattern that fits where none does."""
     patterns = [row for row in rows if row.is_pattern]
     of_sound: dict[_Sound, list[_Row]] = {}
-    real = {sound.path.resolve(): sound for sound in sounds}
+    real = {_real(sound.path): sound for sound in sounds}
     relative = {str(sound.relative): sound for sound in reversed(sounds)}
     names = Counter(sound.path.name for sound in sounds)
     for row in rows:
         if row.is_pattern:
             continue
-        sound = real.get((row.folder / row.audio).resolve()) or relative.get(str(PurePosixPath(row.audio)))
+        sound = real.get(_real(row.folder / row.audio)) or relative.get(str(PurePosixPath(row.audio)))
         if sound is None and names[row.audio] == 1:
             sound = next(sound for sound in sounds if sound.path.name == row.audio)
         if sound is None:

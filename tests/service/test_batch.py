@@ -289,6 +289,12 @@ def test_the_exit_status_tells(folder):
     ("extra", "message"),
     [
         (["--out=face.png"], "--out face.png: cannot be a folder of results (not a directory); name another"),
+        (
+            ["--out=face.png", "--dry-run"],
+            "--out face.png: cannot be a folder of results (not a directory); name another",
+        ),
+        (["--out=loop", "--dry-run"], "--out loop: cannot be a folder of results (too many levels of symbolic links)"),
+        (["--out=loop"], "--out loop: cannot be a folder of results ("),
         (["--model=pockte"], "model pockte: no such model or folder; did you mean pocket?"),
         (["--image=nobody.png"], "--image nobody.png: no such file"),
         (["--pattern=*.ogg"], "there is no sound file that matches *.ogg in it"),
@@ -297,6 +303,7 @@ def test_the_exit_status_tells(folder):
     ],
 )
 def test_misuse_is_one_line(folder, extra, message):
+    os.symlink("loop", folder / "loop")
     process = subprocess.run(
         command(folder, *extra), capture_output=True, text=True, env=environment(), cwd=folder, timeout=60
     )

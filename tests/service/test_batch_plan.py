@@ -170,6 +170,7 @@ def test_a_pattern_in_a_table_is_for_what_no_line_names(lay):
         ("audio,seed\na.wav,-1\n", "t.csv:2: seed: '-1' is not a whole number from 0 on"),
         ("audio,seed\na.wav,1.5\n", "t.csv:2: seed: '1.5' is not"),
         ("audio\na.wav\nb.wav\nz.wav\n", "t.csv:4: audio: z.wav is none of the 2 sounds of this batch"),
+        (f"audio\n{'*' * 5000}.ogg\n", "t.csv:2: audio: none of the 2 sounds of this batch matches ***"),
         ("audio\n*.ogg\n", "t.csv:2: audio: none of the 2 sounds of this batch matches *.ogg"),
         ("audio,name\na.wav,../up\n", "t.csv:2: name: '../up' is not a path below the folder of results"),
         ("audio,name\na.wav,/etc/x\n", "t.csv:2: name: '/etc/x' is not a path below"),
@@ -407,10 +408,18 @@ def test_a_file_that_cannot_be_read_fails_alone(lay):
     lay("in/a.wav")
     os.mkfifo("in/b.wav")
     os.symlink("nowhere", "in/c.wav")
+    os.symlink("d.wav", "in/d.wav")
     found = {step.item.audio.name: (step.do, step.why) for step in planned(request("in"))}
     assert found["a.wav"] == ("make", "")
     assert found["b.wav"] == ("failed", "in/b.wav: cannot be read (is no file); check the path and its permissions")
     assert found["c.wav"][1].startswith("in/c.wav: cannot be read (no such file or directory)")
+    assert found["d.wav"][1].startswith("in/d.wav: cannot be read (too many levels of symbolic links)")
+
+
+def test_a_link_to_itself_is_no_bug_beside_a_table(lay):
+    lay("in/a.wav", **{"t.csv": "audio,seed\n*.wav,1\na.wav,2\n"})
+    os.symlink("b.wav", "in/b.wav")
+    assert does(request("in", image=("face.png", "t.csv"))) == {"a.mp4": "make", "b.mp4": "failed"}
 
 
 def test_a_file_is_read_once_and_not_again_until_it_is_touched(lay, monkeypatch):
