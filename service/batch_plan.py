@@ -40,6 +40,9 @@ LONGEST_NAME = 200
 OWN_FOLDER = ".avatard"
 """Below the folder of results: the work in progress, and the lock."""
 
+OWN_FILES = ("manifest.jsonl", "report.json", "report.txt")
+"""In the folder of results: what tells of them."""
+
 
 class BatchError(AvatardError):
     """The batch cannot be begun as it was asked for: which word, file or line, and what would do."""
@@ -193,7 +196,7 @@ def _found(request: BatchRequest) -> Iterator[_Sound]:
     seen: set[str] = set()
     for source in request.sources:
         if source.is_dir():
-            sounds = _below(source, request)
+            sounds = _without_results(list(_below(source, request)), request)
         elif source.exists():
             sounds = iter([_Sound(source, PurePosixPath(source.name))])
         else:
@@ -205,7 +208,7 @@ def _found(request: BatchRequest) -> Iterator[_Sound]:
 
 
 def _below(folder: Path, request: BatchRequest) -> Iterator[_Sound]:
-    """The sounds in a folder. Nothing hidden, nothing of the results, and no link to a folder is followed."""
+    """The sounds in a folder. Nothing hidden, nothing in a folder of results below; no link to a folder is followed."""
     out, patterns = _real(request.out), request.patterns or tuple(f"*.{suffix}" for suffix in SUFFIXES)
     for top, folders, files in os.walk(folder, onerror=_complain):
         here = Path(top)
@@ -222,6 +225,26 @@ def _below(folder: Path, request: BatchRequest) -> Iterator[_Sound]:
             path = relative / name
             if not name.startswith(".") and _matches(path, patterns) and not _matches(path, request.exclude):
                 yield _Sound(here / name, path)
+
+
+def _without_results(sounds: Sequence[_Sound], request: BatchRequest) -> Iterator[_Sound]:
+    """Those that no run of this batch has made, where its results lie among the sounds.
+
+    The manifest is read after the folder: what another batch makes there meanwhile is noted before it has its name.
+    """
+    out = _real(request.out)
+    folders = {folder: Path(_real(folder)) for folder in {sound.path.parent for sound in sounds}}
+    if not any(folder.is_relative_to(out) for folder in folders.values()):
+        yield from sounds
+        return
+    manifest = read_manifest(request)
+    for sound in sounds:
+        folder = folders[sound.path.parent]
+        if folder.is_relative_to(out):
+            name = str(PurePosixPath(folder.relative_to(out) / sound.path.name))
+            if name in OWN_FILES or manifest.made(name) is not None or manifest.begun(name):
+                continue
+        yield sound
 
 
 def _complain(error: OSError) -> None:

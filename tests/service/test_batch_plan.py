@@ -93,6 +93,34 @@ def test_results_are_not_taken_for_sounds(lay):
     assert list(names(request("."))) == ["a.wav"]
 
 
+@pytest.mark.parametrize("source", ["out", ".", "out/deep/.."])
+def test_results_that_lie_among_the_sounds_are_not_taken_for_sounds(lay, source):
+    lay("out/a.wav", "out/film.mkv", "out/deep/b.wav")
+    asked = request(source, exclude=("face.png",))
+    if source == ".":
+        asked = replace(asked, out=Path("."))
+    finish(asked)
+    first = does(asked)
+    assert len(first) == 3
+    assert set(first.values()) == {"done"}
+    for options in ({}, {"patterns": ("*",)}, {"overwrite": True}):
+        assert set(does(replace(asked, **options))) == set(first)
+    lay("out/new.mp4")
+    assert len(find_items(asked, load_settings())) == 4
+
+
+def test_a_result_of_another_batch_below_the_folder_of_results_is_a_sound(lay):
+    lay("in/a.wav")
+    finish(replace(request("in"), out=Path("all/en")))
+    assert names(replace(request("all/en"), out=Path("all"))) == {"all/en/a.mp4": "a.mp4"}
+
+
+def test_a_result_that_is_named_is_a_sound(lay):
+    lay("in/a.wav")
+    finish(request("in"))
+    assert names(request("in", "out/a.mp4")) == {"in/a.wav": "a.mp4", "out/a.mp4": "a.mp4.mp4"}
+
+
 def test_links_to_folders_are_not_followed(lay):
     lay("in/a.wav")
     os.symlink("..", "in/loop")
