@@ -364,11 +364,14 @@ def _row(at: str, folder: Path, values: dict[str, Any]) -> _Row:
             seed = -1
         if not 0 <= seed < 2**63 or isinstance(values["seed"], bool | float):
             raise BatchError(f"{at}: seed: {reprlib.repr(values['seed'])} is not a whole number from 0 on")
+    image = folder / values["image"] if values.get("image") else None
+    if image is not None and not os.path.isfile(image):
+        raise BatchError(f"{at}: image: {shown(image)}: no such file; name a picture beside the table")
     return _Row(
         at=at,
         folder=folder,
         audio=values["audio"],
-        image=folder / values["image"] if values.get("image") else None,
+        image=image,
         prompt=values.get("prompt") or None,
         seed=None if seed == "" else seed,
         name=_chosen_name(at, values["name"]) if values.get("name") else "",
@@ -407,6 +410,10 @@ def _in_table(rows: Iterable[_Row]) -> Iterator[_Sound]:
                 f"{row.at}: audio: {shown(row.audio)} is a pattern; name the folder it is about, or a file"
             )
         path = row.folder / row.audio
+        if not os.path.isfile(path):
+            raise BatchError(
+                f"{row.at}: audio: {shown(path)}: no such file; name one beside the table, or add the folder it is in"
+            )
         if (real := _real(path)) not in seen:
             seen.add(real)
             inside = not PurePosixPath(row.audio).is_absolute() and ".." not in PurePosixPath(row.audio).parts

@@ -166,6 +166,34 @@ def test_a_table_of_its_own_names_the_sounds_beside_it(lay):
     assert names(request(image=("show/t.jsonl",))) == {"show/a.wav": "a.mp4", "show/x/b.wav": "x/b.mp4"}
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            "a.wav,face.png\nb.wav,face.png\n",
+            "show/t.csv:3: audio: show/b.wav: no such file; name one beside the table",
+        ),
+        ("a.wav,face.png\nx,face.png\n", "show/t.csv:3: audio: show/x: no such file"),
+        ("loop.wav,face.png\n", "show/t.csv:2: audio: show/loop.wav: no such file"),
+        (f"{'a' * 5000},face.png\n", "show/t.csv:2: audio: show/aaa"),
+        ("a.wav,face.png\na.wav,bob.png\n", "show/t.csv:3: image: show/bob.png: no such file; name a picture"),
+        ("a.wav,x\n", "show/t.csv:2: image: show/x: no such file"),
+    ],
+)
+def test_what_a_table_names_and_is_not_there_is_told_with_its_line(lay, table, message):
+    lay("show/a.wav", "show/x/b.wav", "show/face.png", **{"show/t.csv": f"audio,image\n{table}"})
+    os.symlink("loop.wav", "show/loop.wav")
+    with pytest.raises(BatchError) as caught:
+        find_items(request(image=("show/t.csv",)), load_settings())
+    assert str(caught.value).startswith(message)
+
+
+def test_a_picture_that_is_not_there_is_told_with_its_line_beside_a_folder_too(lay):
+    lay("in/a.wav", **{"t.csv": "audio,image\n*.wav,bob.png\n"})
+    with pytest.raises(BatchError, match=r"t\.csv:2: image: bob\.png: no such file"):
+        find_items(request("in", image=("t.csv",)), load_settings())
+
+
 def test_two_lines_about_one_sound_are_two_videos(lay):
     lay("in/a.wav", "ann.png", "bob.png")
     lay(**{"t.csv": "audio;image;name\na.wav;ann.png;ann\na.wav;bob.png;bob\n"})
