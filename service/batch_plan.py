@@ -195,9 +195,9 @@ def _found(request: BatchRequest) -> Iterator[_Sound]:
     """Each sound of the sources once, in the order of their names."""
     seen: set[str] = set()
     for source in request.sources:
-        if source.is_dir():
+        if os.path.isdir(source):
             sounds = _without_results(list(_below(source, request)), request)
-        elif source.exists():
+        elif os.path.exists(source):
             sounds = iter([_Sound(source, PurePosixPath(source.name))])
         else:
             raise BatchError(f"{shown(source)}: no such file or folder; check the path of the sounds")
@@ -269,7 +269,7 @@ def _read_images(images: Sequence[Path]) -> tuple[Path | None, list[_Row]]:
     tables = [path for path in images if path.suffix.lower() in TABLES]
     pictures = [path for path in images if path not in tables]
     for path in images:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise BatchError(f"--image {shown(path)}: no such file; give a picture, or a table ({', '.join(TABLES)})")
     for several, what in ((tables, "tables"), (pictures, "pictures for all")):
         if len(several) > 1:

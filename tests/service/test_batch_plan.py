@@ -131,6 +131,8 @@ def test_links_to_folders_are_not_followed(lay):
     ("asked", "message"),
     [
         (request("nowhere"), "nowhere: no such file or folder"),
+        (request("x" * 5000), "xxx: no such file or folder"),
+        (request("in", image=("x" * 5000,)), "xxx: no such file; give a picture"),
         (request("empty"), "empty: there is no sound or video file in it"),
         (request("empty", patterns=("*.wav",)), r"there is no sound file that matches \*\.wav in it"),
         (request("in", image=("nobody.png",)), "--image nobody.png: no such file"),
