@@ -20,7 +20,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import FastAPI, File, Form, Path, Request, Response, UploadFile
+from fastapi import FastAPI, Path, Request, Response
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -34,6 +34,7 @@ from service.app import App
 from service.commands import ID, Refusal, Source, SubmitJob, complaint
 from service.config import LimitsSection
 from service.http_answers import Responses, file_answer, needs, problems
+from service.http_form import Part, form_parts, text_of
 from service.store import Job
 
 TRIGGER = "lightx2v"
@@ -46,6 +47,11 @@ FRAMES, FPS = 81, 16
 LONGEST_S = 600.0
 """Of a task without sound, and up to which a sound is shortened: longer ones come as their client has cut them."""
 RATE = 48_000
+
+FORMS = 8
+"""That are read at once; whoever is too much is refused."""
+FORM_TEXT_BYTES = 80_000
+"""Of one text in a form: the longest prompt, of the longest characters."""
 
 STATUS: dict[str, Literal["pending", "processing", "completed", "failed", "cancelled"]] = {
     "queued": "pending",
@@ -198,6 +204,27 @@ class VideoTask(BaseModel):
         return self.video_duration or self.target_video_length / (self.target_fps or FPS)
 
 
+class FormTask(BaseModel):
+    """The texts of a task that comes as a form; numbers are texts there."""
+
+    prompt: str = Field("", max_length=20_000)
+    save_result_path: str = Field("", max_length=512)
+    seed: int = Field(42, ge=-1, lt=2**63)
+    video_duration: float | None = Field(None, gt=0, le=86_400)
+    target_video_length: int = Field(FRAMES, ge=1, le=1_000_000)
+    target_fps: int = Field(FPS, ge=1, le=1000)
+
+
+FORM_FILES: dict[str, Literal["image", "audio"]] = {"image_file": "image", "audio_file": "audio"}
+
+
+def _form_schema() -> dict[str, Any]:
+    file = {"type": "string", "contentMediaType": "application/octet-stream"}
+    schema = FormTask.model_json_schema()
+    schema["properties"] |= dict.fromkeys(FORM_FILES, file)
+    return schema | {"required": ["image_file"]}
+
+
 TaskId = Annotated[str, Path(pattern=ID, examples=["F0XK-2Q8T-ZZ91-07AB-LM3D"])]
 
 
@@ -228,33 +255,28 @@ def add_lightx2v_routes(http: FastAPI, app: App) -> None:
         sound = await _fetched(app, task.audio_path, "audio") if task.audio_path else None
         return await _submit(app, task, image, sound)
 
-    @http.post("/v1/tasks/video/form", tags=["LightX2V"], dependencies=[jobs], responses=submitted)
-    async def submit_form(
-        image_file: Annotated[UploadFile, File()],
-        audio_file: Annotated[UploadFile | None, File()] = None,
-        prompt: Annotated[str, Form(max_length=20_000)] = "",
-        save_result_path: Annotated[str, Form(max_length=512)] = "",
-        seed: Annotated[int, Form(ge=-1, lt=2**63)] = 42,
-        video_duration: Annotated[float | None, Form(gt=0, le=86_400)] = None,
-        target_video_length: Annotated[int, Form(ge=1, le=1_000_000)] = FRAMES,
-        target_fps: Annotated[int, Form(ge=1, le=1000)] = FPS,
-    ) -> Submission:
+    forms = 0
+
+    @http.post(
+        "/v1/tasks/video/form",
+        tags=["LightX2V"],
+        dependencies=[jobs],
+        responses=submitted,
+        openapi_extra={
+            "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form_schema()}}}
+        },
+    )
+    async def submit_form(request: Request) -> Submission:
         """Take a task whose files come with it. What is not sent counts as not sent."""
-        task = VideoTask.model_validate(
-            {
-                "prompt": prompt,
-                "save_result_path": save_result_path,
-                "seed": seed,
-                "video_duration": video_duration,
-                "target_video_length": target_video_length,
-                "target_fps": target_fps,
-            }
-        )
-        await _check(app, task)
-        image = await app.inputs.keep(_parts(image_file), "image", image_file.filename or "")
-        sound = None
-        if audio_file is not None:
-            sound = await app.inputs.keep(_parts(audio_file), "audio", audio_file.filename or "")
+        # Read here, and not by FastAPI: that reads a form before it asks who sent it, into memory and /tmp.
+        nonlocal forms
+        if forms >= FORMS:
+            raise Refusal("full", f"{FORMS} forms are under way, which is the limit; try again later", 5.0)
+        forms += 1
+        try:
+            task, image, sound = await _read_form(app, request)
+        finally:
+            forms -= 1
         return await _submit(app, task, image, sound)
 
     @http.get("/v1/tasks", tags=["LightX2V"], dependencies=[read], responses=problems())
@@ -359,6 +381,65 @@ def add_lightx2v_routes(http: FastAPI, app: App) -> None:
         except Refusal:
             raise HTTPException(403, "Access to this file is not allowed") from None
         return await file_answer(request, file, missing=f"File not found: {path}")
+
+
+# Tasks as forms
+
+
+async def _read_form(app: App, request: Request) -> tuple[VideoTask, FilePath, FilePath | None]:
+    """A task, its picture and its sound, which go into the spool while they come; fields that nobody knows are ignored.
+
+    Raises: HTTPException; RequestValidationError: what FastAPI would complain of; Refusal: as of an upload.
+    """
+    texts: dict[str, str] = {}
+    files: dict[str, FilePath] = {}
+    wrong: list[dict[str, Any]] = []
+    most_mb, came = app.settings.inputs.max_mb, 0
+
+    async def counted(part: Part) -> AsyncIterator[bytes]:
+        nonlocal came
+        async for piece in part:
+            came += len(piece)
+            if came > most_mb * 1e6:
+                raise Refusal("too large", f"the files are over {most_mb:g} MB together, which is the limit")
+            yield piece
+
+    async for part in form_parts(request):
+        kind = FORM_FILES.get(part.name)
+        if kind is not None and part.filename is not None:
+            files[part.name] = await app.inputs.keep(counted(part), kind, part.filename)
+        elif kind is not None:
+            if await _text(part):
+                wrong.append(_problem(part.name, "value_error", "a file is needed, and this is a text"))
+        elif part.name in FormTask.model_fields:
+            if part.filename is not None:
+                wrong.append(_problem(part.name, "string_type", "a text is needed, and this is a file"))
+            elif text := await _text(part):
+                texts[part.name] = text
+    if "image_file" not in files:
+        wrong.append(_problem("image_file", "missing", "Field required"))
+    try:
+        form = FormTask.model_validate(texts)
+    except ValidationError as error:
+        wrong += [_problem(str(item["loc"][0]), item["type"], item["msg"]) for item in error.errors()]
+    if wrong:
+        raise RequestValidationError(wrong)
+    task = VideoTask.model_validate(form.model_dump())
+    await _check(app, task)
+    return task, files["image_file"], files.get("audio_file")
+
+
+async def _text(part: Part) -> str:
+    gathered = bytearray()
+    async for piece in part:
+        gathered += piece
+        if len(gathered) > FORM_TEXT_BYTES:
+            raise HTTPException(413, f"{part.name}: is over {FORM_TEXT_BYTES // 1000} kB, which is the limit")
+    return text_of(bytes(gathered))
+
+
+def _problem(name: str, type: str, message: str) -> dict[str, Any]:
+    return {"type": type, "loc": ("body", name), "msg": message}
 
 
 # Tasks as jobs
@@ -518,11 +599,6 @@ async def _fetched(app: App, text: str, kind: Literal["image", "audio"]) -> File
         if source.url is not None and error.reason == "invalid":
             raise HTTPException(400, f"{kind.capitalize()} URL is not accessible: {redacted(source.url)}") from error
         raise
-
-
-async def _parts(file: UploadFile) -> AsyncIterator[bytes]:
-    while part := await file.read(256 * 1024):
-        yield part
 
 
 async def _silence(seconds: float) -> AsyncIterator[bytes]:

@@ -1,15 +1,19 @@
 """LightX2V's clients find what they know: its codes and texts, and the differences that are meant."""
 
+import asyncio
 import base64
 import http.server
 import json
 import re
 import threading
+import tracemalloc
 import wave
 
 import pytest
-from http_app import client_of, make_app, picture, sound
+from http_app import bearer, client_of, make_app, picture, sound
+from waiting import until_async
 
+from service import lightx2v
 from service.http import make_http
 
 CATS = {
@@ -143,6 +147,137 @@ async def test_files_come_with_a_form(client, app):
     assert (command.prompt, command.seed) == ("smiles", 42)
     without = await client.post("/v1/tasks/video/form", data={"prompt": "smiles"})
     assert (without.status_code, without.json()["detail"][0]["loc"]) == (422, ["body", "image_file"])
+
+
+# Forms, which may be of any size
+
+FORM = {"Content-Type": "multipart/form-data; boundary=XX"}
+
+
+def part(name, data=b"", filename=None):
+    file = f'; filename="{filename}"' if filename else ""
+    return f'--XX\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + data + b"\r\n"
+
+
+async def test_a_form_is_not_read_before_its_scope_is_asked(tmp_path):
+    read = []
+
+    async def body():
+        read.append(True)
+        yield part("image_file", picture(), "a.png")
+
+    async with client_of(make_http(make_app(tmp_path, tokens=True))) as client:
+        headers = {**FORM, **bearer("read")}
+        answer = await client.post("/v1/tasks/video/form", content=body(), headers=headers)
+    assert (answer.status_code, read) == (403, [])
+
+
+async def test_a_form_takes_bounded_memory_however_much_is_in_it(tmp_path):
+    app = make_app(tmp_path)
+
+    async def body(count, name, mb):
+        for _ in range(count):
+            yield part(name, filename="a")[:-2]
+            for _ in range(mb * 16):
+                yield bytes(65_536)
+            yield b"\r\n"
+        yield b"--XX--\r\n"
+
+    # Many files that nobody asked for, one large one, and one that is asked for and is no picture.
+    bodies = {(30, "f", 1): 422, (1, "f", 40): 422, (190, "f", 1): 400, (1, "image_file", 40): 422}
+    async with client_of(make_http(app)) as client:
+        await client.post("/v1/tasks/video/form", content=body(1, "f", 1), headers=FORM)
+        for what, status in bodies.items():
+            tracemalloc.start()
+            answer = await client.post("/v1/tasks/video/form", content=body(*what), headers=FORM)
+            _, most = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert answer.status_code == status, answer.text
+            assert most < 4e6, what
+    await until_async(lambda: app.inputs.spool_bytes == 0)
+
+
+async def test_the_files_of_a_form_are_bounded_together(tmp_path):
+    files = {
+        "image_file": ("a.png", picture() + bytes(600_000), "image/png"),
+        "audio_file": ("a.wav", sound(19.0), "audio/wav"),
+    }
+    async with client_of(make_http(make_app(tmp_path, "inputs.max_mb=1"))) as client:
+        answer = await client.post("/v1/tasks/video/form", files=files)
+        assert answer.status_code == 413
+        assert answer.json()["detail"] == "the files are over 1 MB together, which is the limit"
+        files["audio_file"] = ("a.wav", sound(), "audio/wav")
+        assert (await client.post("/v1/tasks/video/form", files=files)).status_code == 200
+
+
+async def test_more_forms_than_are_read_at_once_are_refused_with_a_time(client, monkeypatch):
+    monkeypatch.setattr(lightx2v, "FORMS", 2)
+    begun, let_go = [], asyncio.Event()
+
+    async def body():
+        begun.append(True)
+        yield part("image_file", picture(), "a.png")
+        await let_go.wait()
+        yield b"--XX--\r\n"
+
+    async def post():
+        return await client.post("/v1/tasks/video/form", content=body(), headers=FORM)
+
+    waiting = [asyncio.create_task(post()) for _ in range(2)]
+    await until_async(lambda: len(begun) == 2)
+    answer = await post()
+    assert (answer.status_code, answer.headers["retry-after"], len(begun)) == (503, "5", 2)
+    let_go.set()
+    assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200, 200]
+    assert (await post()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (part("image_file", picture(), "a.png")[:-9], "it is broken off"),
+        (b"no form", "it is no multipart/form-data"),
+        (part("a").replace(b"; name=", b"; title="), "one of its parts has no name"),
+        (part("a").replace(b"form-data", b"x" * 9000), "it is no multipart/form-data"),
+    ],
+)
+async def test_a_form_that_is_none_is_one_line(client, body, why):
+    answer = await client.post("/v1/tasks/video/form", content=body, headers=FORM)
+    assert (answer.status_code, answer.json()) == (400, {"detail": f"the form cannot be read: {why}"})
+    without = await client.post("/v1/tasks/video/form", content=body, headers={"Content-Type": "multipart/form-data"})
+    assert without.status_code == 400
+
+
+async def test_what_is_wrong_with_a_form_is_a_list(client):
+    image, end = part("image_file", picture(), "a.png"), b"--XX--\r\n"
+    for body, type, name in (
+        (image + part("seed", b"x"), "int_parsing", "seed"),
+        (image + part("video_duration", b"-1"), "greater_than", "video_duration"),
+        (image + part("prompt", b"a" * 20_001), "string_too_long", "prompt"),
+        (image + part("prompt", b"a", "a.txt"), "string_type", "prompt"),
+        (part("image_file", b"a.png"), "value_error", "image_file"),
+        (part("image_file"), "missing", "image_file"),
+    ):
+        answer = await client.post("/v1/tasks/video/form", content=body + end, headers=FORM)
+        assert answer.status_code == 422, (type, name)
+        first = answer.json()["detail"][0]
+        assert (first["type"], first["loc"]) == (type, ["body", name])
+    long = await client.post("/v1/tasks/video/form", content=part("prompt", b"a" * 100_000) + end, headers=FORM)
+    assert (long.status_code, long.json()["detail"]) == (413, "prompt: is over 80 kB, which is the limit")
+
+
+async def test_the_texts_of_a_form_may_come_after_its_files_and_be_empty(client, app):
+    body = part("audio_file", sound(2.0), "a.wav") + part("image_file", picture(), "a.png")
+    body += part("audio_file") + part("seed", b"7") + part("video_duration", b"1") + part("prompt") + part("lora_name")
+    body += (
+        part("negative_prompt", "静态".encode() * 100_000) + part("save_result_path", "grüße.mp4".encode()) + b"--XX--"
+    )
+    answer = await client.post("/v1/tasks/video/form", content=body, headers=FORM)
+    assert answer.status_code == 200, answer.text
+    id = answer.json()["task_id"]
+    command = app.jobs.commands[id]
+    assert (command.seed, command.prompt, command.name) == (7, None, "grüße.mp4")
+    assert length_s(app, id) == pytest.approx(1.0)
 
 
 # What they are told
