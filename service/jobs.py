@@ -12,7 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,11 +20,12 @@ from audio.errors import AvatardError
 from service.bench import example
 from service.commands import Refusal, SubmitJob
 from service.log import bound
-from service.render import FULL, DiskFull, RenderRequest, RenderResult, Stopped, discard, render
+from service.render import FULL, DiskFull, RenderRequest, RenderResult, Stopped, discard, render, withdraw
 from service.run import or_stop
 from service.store import Job, JobStore, StoreFull
 from service.turns import Priority, Turns
 from streaming.engine import Engine, EngineError
+from streaming.sink import SinkError
 
 if TYPE_CHECKING:
     from service.config import Settings
@@ -324,8 +325,6 @@ class Jobs:
                 if not told:
                     log.warning("job %s: waits for room: %s", job.id, error)
                 told = True
-                # What lies there now may have come to be there in the last moment of this try.
-                request = replace(request, overwrite=True)
                 self._pause(_plainly(error, request))
                 await or_stop(run.stop, asyncio.sleep(DISK_RETRY_S))
 
@@ -338,8 +337,8 @@ class Jobs:
             folder=folder / "work",
             prompt=asked["prompt"] or "",
             seed=job.seed,
-            # What lies there at the first time is not ours; later it may be.
-            overwrite=job.attempts > 1,
+            # It knows what it has made itself, in whatever attempt.
+            overwrite=False,
         )
 
     async def _speak(self, job: Job, target: Path) -> None:
@@ -428,15 +427,15 @@ class Jobs:
         request, folder = self._request(job), self._folder(job)
 
         def tidy() -> None:
+            if job.state != "completed":
+                # It may have been finished in the moment in which it was cancelled.
+                withdraw(request)
             discard(request)
             shutil.rmtree(folder, ignore_errors=True)
-            if job.state == "cancelled" and job.attempts:
-                # It may have been finished in the moment in which it was cancelled.
-                request.target.unlink(missing_ok=True)
 
         try:
             await asyncio.to_thread(tidy)
-        except OSError as error:
+        except (OSError, SinkError) as error:
             # It stays untidy, and is looked at again at the next start.
             log.warning("job %s: what is left of it cannot be deleted: %s", job.id, error)
             return

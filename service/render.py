@@ -49,7 +49,7 @@ from streaming.sink import SinkError, reason
 if TYPE_CHECKING:
     from service.config import Settings
 
-__all__ = ["DiskFull", "RenderRequest", "RenderResult", "Stopped", "discard", "render"]
+__all__ = ["DiskFull", "RenderRequest", "RenderResult", "Stopped", "discard", "render", "withdraw"]
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,9 @@ BLOCKS_AHEAD = 2
 SOUND_HELD_BYTES = 1 << 20
 """Of encoded sound in memory, about a minute; more goes into the folder."""
 
+RESULT = "result.json"
+"""In the folder: what the finished file is, written before that has its name. By it a render knows its own file."""
+
 LATELY = 8
 """Blocks by whose median the next one is expected."""
 
@@ -79,7 +82,8 @@ class RenderRequest:
     """What to make.
 
     target: the finished file; folder: of the work in progress, of this render alone; prompt, seed: of the session;
-    title: in the file's metadata; overwrite: whether a file that is there already is replaced.
+    title: in the file's metadata; overwrite: whether a file that is there already is replaced, whosoever it is; what an
+    earlier call with the same folder has made is in any case.
     """
 
     image: Path
@@ -134,9 +138,9 @@ async def render(
     """Make the file, or go on where an earlier call for the same one was ended, be it by kill -9.
 
     The file is the same, bit for bit, as if that had not been, as far as the model resumes exactly. While it is made,
-    `folder` holds what a later call goes on from; it is made when there is something to keep, so never for a sound
-    shorter than segment_s. After the end it holds a record of the result at most, from which a second call answers at
-    once: the caller removes it (`discard`) when the result is noted elsewhere.
+    `folder` holds what a later call goes on from; it is made when there is something to keep, so with `overwrite` never
+    for a sound shorter than segment_s. After the end it holds a record of the result at most, by which a second call
+    knows the file and answers at once: the caller removes it (`discard`) when the result is noted elsewhere.
 
     Args:
         turn: entered around each use of the model, with the seconds that this will take, as far as is known.
@@ -152,7 +156,11 @@ async def render(
     spec = await or_stop(stop, engine.ready())
     folder = _Folder(request.folder, _Identity(request, settings, spec, segment_s))
     if (done := await asyncio.to_thread(folder.noted, request.target)) is not None:
+        await asyncio.to_thread(_settle, request)
         return done
+    if not request.overwrite:
+        # Made by an earlier call, with other settings. While the record of it is still there.
+        await asyncio.to_thread(withdraw, request)
     await asyncio.to_thread(_check_free, request)
     reference = Reference(
         await asyncio.to_thread(cover, picture, spec.width, spec.height), request.prompt, request.seed
@@ -173,6 +181,22 @@ def discard(request: RenderRequest) -> None:
     """Remove what a render left behind that is not to be gone on with, or whose result is noted. Blocking."""
     shutil.rmtree(request.folder, ignore_errors=True)
     _part(request).unlink(missing_ok=True)
+
+
+def withdraw(request: RenderRequest) -> None:
+    """Remove the finished file, where it is the one that was made. Blocking.
+
+    Before `discard`, which removes the record that tells. Raises: SinkError.
+    """
+    made = _read_json(request.folder / RESULT)
+    with _told(request.target):
+        try:
+            if made is None or _sha256(request.target) != made.get("sha256"):
+                return
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return
+        request.target.unlink(missing_ok=True)
+        flush_to_disk(request.target.parent)
 
 
 @dataclass(frozen=True)
@@ -204,10 +228,14 @@ class _Folder:
     def __init__(self, path: Path, identity: Callable[[], str]) -> None:
         self.path, self.identity = path, identity
         self.video, self.sound = path / "video.packets", path / "sound.packets"
-        self._checkpoint, self._result = path / "checkpoint.json", path / "result.json"
+        self._checkpoint, self._result = path / "checkpoint.json", path / RESULT
 
     def make(self) -> None:
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
+        for folder in reversed(missing):
+            # What is kept in it is only as safe as its name.
+            flush_to_disk(folder.parent)
 
     def load(self) -> tuple[_Checkpoint, bytes] | None:
         """The last checkpoint and the model's state there; None where there is none of this render."""
@@ -348,8 +376,12 @@ def _check_target(request: RenderRequest) -> None:
 
 
 def _check_free(request: RenderRequest) -> None:
-    if request.target.exists() and not request.overwrite:
-        raise SinkError(f"{request.target}: exists already; remove it or choose another name")
+    if os.path.lexists(request.target) and not request.overwrite:
+        raise _taken(request)
+
+
+def _taken(request: RenderRequest) -> SinkError:
+    return SinkError(f"{request.target}: exists already; remove it or choose another name")
 
 
 async def _open(request: RenderRequest, settings: Settings) -> tuple[NDArray[np.uint8], SoundFile]:
@@ -602,17 +634,20 @@ class _Work:
     def _join(self) -> RenderResult:
         request, part = self._request, _part(self._request)
         with _told(request.target):
+            # After a kill in `_place` it is another name of what that one has made.
+            part.unlink(missing_ok=True)
             try:
                 self._mux(part)
                 result = self._result(part)
-                if request.folder.exists():
+                if request.folder.exists() or not request.overwrite:
+                    self._folder.make()
                     self._folder.note(result)
-                _check_free(request)
-                os.replace(part, request.target)
+                _place(part, request)
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
-            flush_to_disk(request.target.parent)
+        _settle(request)
+        with _told(request.target):
             if request.folder.exists():
                 self._folder.clear_away()
         return result
@@ -650,6 +685,26 @@ def _part(request: RenderRequest) -> Path:
     """Where the finished file grows, beside its target: two renders for one target do not meet there."""
     own = hashlib.sha256(os.fsencode(request.folder.absolute())).hexdigest()[:16]
     return request.target.with_name(f".avatard-{own}.part")
+
+
+def _place(part: Path, request: RenderRequest) -> None:
+    """Give the finished file its name. Raises: SinkError: another file has it, and is not to be replaced; OSError."""
+    if not request.overwrite:
+        try:
+            # Unlike a rename it fails where there is a file, also one that came just now.
+            return os.link(part, request.target)
+        except FileExistsError:
+            raise _taken(request) from None
+        except OSError:
+            _check_free(request)  # a file system without hard links
+    os.replace(part, request.target)
+
+
+def _settle(request: RenderRequest) -> None:
+    """The finished file has its name: see that it keeps it, and has no other. Blocking."""
+    with _told(request.target):
+        _part(request).unlink(missing_ok=True)
+        flush_to_disk(request.target.parent)
 
 
 async def _in(thread: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -206,8 +208,16 @@ class FakeRender:
         if stop.is_set():
             raise Stopped
         request.target.parent.mkdir(parents=True, exist_ok=True)
+        told = note_film(request.folder)
         request.target.write_bytes(b"film")
-        return RenderResult(request.target, 24, 0.96, 64, 64, 25, "0" * 64, 4, (), 0, 0.0, 0.0)
+        return RenderResult(request.target, 24, 0.96, 64, 64, 25, told, 4, (), 0, 0.0, 0.0)
+
+
+def note_film(work: Path) -> str:
+    """As a render does before its file has its name; returns the file's hash."""
+    told = hashlib.sha256(b"film").hexdigest()
+    (work / "result.json").write_text(json.dumps({"sha256": told}))
+    return told
 
 
 @pytest.fixture
@@ -536,6 +546,40 @@ async def test_a_file_that_appears_while_a_job_waits_is_not_overwritten_either(f
         working.cancel()
 
 
+async def test_a_file_that_appears_after_a_job_was_begun_is_not_overwritten_either(folder):
+    async with toy(folder, "model.options.step_s=0.05") as engine:
+        async with house(folder, engine) as h:
+            await h.submit("show", audio=str(folder / "place" / "long.wav"))
+            await until_async(lambda: len(h.left()) > 1)  # there is something to go on from
+        (h.outputs / "show.mp4").write_bytes(b"somebody's recording")
+        async with house(folder, engine) as h:
+            job = await h.ended("show")
+            assert (job.state, job.attempts) == ("failed", 2)
+            assert job.error == "show.mp4: exists already; remove it or choose another name"
+            await until_async(lambda: h.left() == ["out/show.mp4"])
+            assert (h.outputs / "show.mp4").read_bytes() == b"somebody's recording"
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["is worked on", "waits again"])
+async def test_a_file_that_is_not_a_jobs_own_stays_when_the_job_is_cancelled(folder, running):
+    async with toy(folder, "model.options.step_s=0.05") as engine:
+        async with house(folder, engine) as h:
+            await h.submit("show", audio=str(folder / "place" / "long.wav"))
+            await until_async(lambda: h.heard.progress("show"))
+            if running:
+                (h.outputs / "show.mp4").write_bytes(b"somebody's recording")
+                await h.jobs.cancel("show")
+                await until_async(lambda: not h.jobs._running and h.left() == ["out/show.mp4"])
+                while await h.store.untidy():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        if not running:
+            (h.outputs / "show.mp4").write_bytes(b"somebody's recording")
+        async with house(folder, engine, at_work=False) as h:
+            assert (await h.jobs.cancel("show")).state == "cancelled"
+            assert h.left() == ["out/show.mp4"]
+            assert (h.outputs / "show.mp4").read_bytes() == b"somebody's recording"
+
+
 async def test_who_goes_away_while_a_job_is_being_kept_leaves_a_whole_one(folder, fake, monkeypatch):
     async with house(folder, NoEngine()) as h:
         submitting = asyncio.create_task(h.jobs.submit(h.command("a")))
@@ -764,7 +808,7 @@ async def test_a_running_job_whose_disk_is_full_waits_and_goes_on(folder, fake):
         fake.let_go.set()
         job = await h.ended("a")
         assert (job.state, job.attempts) == ("completed", 1)
-        assert [request.overwrite for request in fake.requests] == [False, True, True]
+        assert [request.overwrite for request in fake.requests] == [False, False, False]
         await until_async(lambda: h.jobs.paused is None)
 
 
@@ -817,7 +861,6 @@ async def test_what_was_cut_off_is_begun_again_and_told(folder, fake):
         fake.let_go.set()
         job = await h.ended("a")
         assert (job.state, job.attempts) == ("completed", 2)
-    assert fake.requests[0].overwrite
 
 
 async def test_a_job_that_ended_the_daemon_as_often_as_it_may_is_given_up_at_the_start(folder, fake):
@@ -844,7 +887,8 @@ async def test_what_is_left_of_jobs_that_have_ended_is_cleared_away_at_the_start
             (work / name).mkdir(parents=True)
             (work / name / "video.packets").write_bytes(b"x")
         h.outputs.mkdir()
-        (h.outputs / "a.mp4").write_bytes(b"finished in the moment it was cancelled")
+        note_film(work / "a" / "work")
+        (h.outputs / "a.mp4").write_bytes(b"film")  # finished in the moment it was cancelled
     async with house(folder, NoEngine()) as h:
         await until_async(lambda: not list(work.iterdir()))
         await until_async(lambda: h.left() == [])

@@ -21,7 +21,7 @@ from PIL import Image
 
 from audio.errors import AvatardError
 from service.config import Settings, load_settings
-from service.render import DiskFull, RenderRequest, RenderResult, Stopped, discard, render
+from service.render import DiskFull, RenderRequest, RenderResult, Stopped, discard, render, withdraw
 from service.run import engine_settings
 from streaming.engine import Engine
 from streaming.sink import SinkError
@@ -166,7 +166,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, copies: Path) -> None:
         self._folder, self._copies = folder, copies
         self.copies: list[Path] = []
-        for module, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "link"), (Path, "unlink")):
             monkeypatch.setattr(module, name, self._before(getattr(module, name)))
 
     def _before(self, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,6 +201,61 @@ async def test_killed_at_any_moment_it_is_the_same_file(request_, tmp_path):
             assert os.listdir(request.target.parent) == ["a.mp4"]
     # The last ones find the file finished, and their answer is that of the call that finished it.
     assert sorted(set(resumed_from)) == [0, 24, 48, 72, 96]
+
+
+@pytest.mark.parametrize(
+    ("segment_s", "links"), [(SEGMENT_S, True), (60.0, True), (60.0, False)], ids=["long", "short", "no links"]
+)
+async def test_killed_at_any_moment_it_knows_its_own_file_and_takes_no_others(request_, tmp_path, segment_s, links):
+    """Without checkpoints as well; with other settings in its next life; and when it is not wanted any more."""
+    write_sound(request_.audio, clicks_at([1.0], 1.5), 16_000)
+    request = replace(request_, folder=request_.target.parent / "jobs" / "a" / "work", overwrite=False)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not links:
+            monkeypatch.setattr(os, "link", no_links)
+        async with await Engine.launch(engine_settings(toy())) as engine:
+            with pytest.MonkeyPatch.context() as patch:
+                disk = Disk(patch, request.target.parent, tmp_path / "copies")
+                await render(request, engine, toy(), segment_s=segment_s)
+            finished = request.target.read_bytes()
+            others = load_settings(None, ["encoder.preset=ultrafast", "encoder.crf=30"], model__name=TOY)
+            was_there = []
+            for copy in disk.copies:
+                disk.put_back(copy)
+                was_there.append(request.target.exists())
+                await render(request, engine, toy(), segment_s=segment_s)
+                assert request.target.read_bytes() == finished
+                discard(request)
+                assert files_in(request.target.parent) == ["a.mp4"]
+
+                disk.put_back(copy)
+                await render(request, engine, others, segment_s=segment_s)
+                assert request.target.read_bytes() != finished
+                assert len(files_in(request.target.parent)) == 2  # and the record of it
+
+                disk.put_back(copy)
+                withdraw(request)
+                discard(request)
+                assert files_in(request.target.parent) == []
+
+                disk.put_back(copy)
+                request.target.unlink(missing_ok=True)
+                request.target.write_bytes(b"mine")
+                with pytest.raises(SinkError, match="exists already"):
+                    await render(request, engine, toy(), segment_s=segment_s)
+                withdraw(request)
+                discard(request)
+                assert files_in(request.target.parent) == ["a.mp4"]
+                assert request.target.read_bytes() == b"mine"
+    assert {False, True} == set(was_there)
+
+
+def no_links(source: Any, target: Any) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+def files_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file()]
 
 
 async def test_what_is_done_is_not_done_again(request_):
@@ -367,7 +422,11 @@ async def test_a_target_that_exists_is_not_replaced_where_that_is_not_wanted(req
     assert request_.target.read_bytes() == b"mine"
 
 
-async def test_a_target_that_came_up_meanwhile_is_not_replaced_either(request_):
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+async def test_a_target_that_came_up_meanwhile_is_not_replaced_either(request_, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+
     def come_up(frames: int, total: int | None) -> None:
         request_.target.write_bytes(b"mine")
 
