@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.config import Settings
-from service.run import Stopped, engine_settings, metadata, or_stop, read_image, stopping_signals
+from service.run import Stopped, engine_settings, metadata, or_stop, read_image, spare_sources, stopping_signals
 from streaming.engine import Engine, EngineSettings, Restarts
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class _Broadcast:
         self._reader: Reader | None = None
 
     async def run(self) -> LiveResult:
+        spare_sources(self._request.targets, self._request.image, self._request.audio)
         with self._late_signals(), stopping_signals(self._stop, lambda: self._engine), self._interruptions():
             async with await Engine.launch(self._engine_settings(), on_change=self._on_engine) as engine:
                 self._engine = engine

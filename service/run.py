@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from audio.errors import AvatardError
 from service import VERSION
@@ -105,6 +106,7 @@ class _Run:
         self._engine: Engine | None = None
 
     async def run(self) -> RunResult:
+        spare_sources(self._request.targets, self._request.image, str(self._request.audio))
         with stopping_signals(self._stop, lambda: self._engine):
             async with await Engine.launch(engine_settings(self._settings)) as engine:
                 self._engine = engine
@@ -204,6 +206,31 @@ class _Run:
         from audio.decode import open_sound
 
         return open_sound(self._request.audio, self._settings.limits.audio_hours * 3600)
+
+
+def spare_sources(targets: Sequence[str], image: Path, audio: str) -> None:
+    """Raises: SinkError: a target would take the place of what the video is made from, --overwrite or not."""
+    from streaming.files import FileSink, HlsSink
+    from streaming.sink import SinkError
+    from streaming.sinks import open_sink
+
+    sources = [("picture", f"--image {image}", _status(str(image))), ("sound", f"--audio {audio}", _status(audio))]
+    for target in targets:
+        sink = open_sink(target)
+        for path in sink.replaces() if isinstance(sink, FileSink | HlsSink) else ():
+            there = _status(str(path))
+            for what, option, read in sources:
+                if there is not None and read is not None and os.path.samestat(there, read):
+                    raise SinkError(f"{target}: would replace the {what} itself ({option}); choose another name")
+
+
+def _status(source: str) -> os.stat_result | None:
+    """Of a path or an open descriptor, as they are written after --audio; None of what is neither."""
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        if source == "-" or source.startswith("fd:"):
+            return os.fstat(0 if source == "-" else int(source.removeprefix("fd:")))
+        return os.stat(unquote(urlsplit(source).path) if source.startswith("file://") else source)
+    return None
 
 
 def file_lane(target: str, overwrite: bool) -> Lane:

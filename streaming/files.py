@@ -76,6 +76,10 @@ class _OnDisk:
         finally:
             self._thread.shutdown(wait=False)
 
+    def replaces(self) -> list[Path]:
+        """What it writes in the place of, or takes away, where such files lie there."""
+        return [self._path]
+
     def _claim(self) -> None:
         """Make sure of the place, in the thread."""
         raise NotImplementedError
@@ -217,6 +221,12 @@ class HlsSink(_OnDisk):
         self._date: datetime | None = None
         """Number and time of the segment that grows."""
 
+    def replaces(self) -> list[Path]:
+        return [self._path, self._header, *self._old_segments()]
+
+    def _old_segments(self) -> Iterator[Path]:
+        return self._path.parent.glob(f"{glob.escape(self._path.stem)}-*.m4s")
+
     def _claim(self) -> None:
         self._check_folder("live.m3u8")
         if self._path.exists() and not self._overwrite:
@@ -225,7 +235,7 @@ class HlsSink(_OnDisk):
             raise PermissionError(errno.EACCES, "permission denied")
 
     def _new_muxer(self, streams: Sequence[Stream], metadata: Mapping[str, str]) -> Muxer:
-        for old in (self._path, *self._path.parent.glob(f"{glob.escape(self._path.stem)}-*.m4s")):
+        for old in (self._path, *self._old_segments()):
             old.unlink(missing_ok=True)
         return Muxer(self._bytes, streams, metadata, "mp4", FRAGMENT_PER_KEYFRAME)
 

@@ -240,6 +240,24 @@ def test_a_file_that_exists_is_left_alone(place):
     assert read_mp4(place.folder / "out.mp4").frames == 75
 
 
+@pytest.mark.parametrize("kind", ["sound", "picture", "link", "live", "stdin", "hls"])
+def test_what_a_video_is_made_from_is_never_replaced_by_it(place, kind):
+    own = place.folder / ("mine-7.m4s" if kind == "hls" else "mine.mp4")
+    own.write_bytes((place.image if kind == "picture" else place.audio).read_bytes())
+    (place.folder / "link.mp4").symlink_to(own)
+    before = own.read_bytes()
+    live = ["--format", "s16le:16000:1"] if kind in ("live", "stdin") else []
+    options = {"image": own} if kind == "picture" else {"audio": "-" if kind == "stdin" else own}
+    target = {"link": "link.mp4", "hls": "mine.m3u8"}.get(kind, "mine.mp4")
+    with own.open("rb") as stdin:
+        command = place.run_command("--overwrite", *live, to=target, **options)
+        line = one_line(place.call(command, stdin=stdin))
+    what = "picture itself" if kind == "picture" else "sound itself"
+    assert line.startswith(f"{target}: would replace the {what} (--")
+    assert own.read_bytes() == before
+    assert place.files() == {own.name, "link.mp4"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
