@@ -10,12 +10,13 @@ import time
 BEGAN = time.monotonic()
 """When the command was given, as near as its own code can know."""
 
+import contextlib  # noqa: E402
 import importlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Annotated, Any  # noqa: E402
@@ -141,6 +142,29 @@ class _Show:
     quiet: bool
 
 
+class _Results:
+    """What --json prints, a line each. When nobody can have them any more, the work goes on without."""
+
+    def __init__(self) -> None:
+        # As it is now: what Ray prints goes to stderr later, by another sys.stdout.
+        self._file = sys.stdout
+        self._lost = False
+
+    def tell(self, result: Mapping[str, Any]) -> None:
+        if self._lost:
+            return
+        try:
+            print(json.dumps(result), file=self._file, flush=True)
+        except OSError as error:
+            self._lost = True
+            # What it still holds would be tried again at the end of the process, and change its status.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._file.fileno())
+            os.close(nowhere)
+            why = (error.strerror or str(error)).lower()
+            _complain(f"warning: stdout: results cannot be printed any more ({why}); the work goes on")
+
+
 def _run_file(
     settings: Settings, show: _Show, image: Path, audio: Path, targets: tuple[str, ...], overwrite: bool
 ) -> None:
@@ -157,7 +181,7 @@ def _run_file(
     for warning in [] if show.quiet else result.warnings:
         _complain(f"warning: {warning}")
     if show.as_json:
-        print(json.dumps(vars(result)))
+        _Results().tell(vars(result))
     elif show.interactive:
         print(
             f"{', '.join(result.outputs) or targets[0]}: {result.seconds:.2f} s of video in {result.wall_s:.1f} s, "
@@ -189,10 +213,10 @@ def _run_live(
         with StatusLine() as line:
             result = broadcast(request, settings, line, BEGAN)
     elif show.as_json:
-        watcher = LiveWatcher()
-        watcher.event = lambda event: print(json.dumps(event), flush=True)  # type: ignore[method-assign]
+        results, watcher = _Results(), LiveWatcher()
+        watcher.event = lambda event: results.tell(event)  # type: ignore[method-assign]
         result = broadcast(request, settings, watcher, BEGAN)
-        print(json.dumps({"event": "ended", **vars(result)}), flush=True)
+        results.tell({"event": "ended", **vars(result)})
     else:
         result = broadcast(request, settings, LiveWatcher(), BEGAN)
     if show.interactive:
@@ -316,11 +340,12 @@ def _tell_plan(request: BatchRequest, settings: Settings, as_json: bool) -> None
     from service.batch import dry_run
     from service.batch_plan import shown
 
+    results = _Results()
     for step in dry_run(request, settings):
         item = step.item
         if as_json:
             told = {"do": step.do, "name": item.name, "audio": str(item.audio), "image": str(item.image)}
-            print(json.dumps(told | {"prompt": item.prompt, "seed": item.seed, "why": step.why}))
+            results.tell(told | {"prompt": item.prompt, "seed": item.seed, "why": step.why})
         else:
             why = f"  {step.why}" if step.why else ""
             print(f"{step.do:6}  {shown(item.name)}  {shown(item.audio)}  {shown(item.image)}{why}")
@@ -329,7 +354,7 @@ def _tell_plan(request: BatchRequest, settings: Settings, as_json: bool) -> None
 def _run_batch(request: BatchRequest, settings: Settings, show: _Show, ray: str | None, actors: int | None) -> None:
     from service.batch import BatchWatcher, batch
 
-    results = sys.stdout  # Ray prints what it has to say, and then it goes to stderr
+    results = _Results()
     workers = None
     if ray is not None:
         from service.batch_ray import ray_workers
@@ -343,15 +368,13 @@ def _run_batch(request: BatchRequest, settings: Settings, show: _Show, ray: str 
     else:
         watcher = BatchWatcher()
         if show.as_json:
-            watcher.ended = lambda slot, outcome: print(  # type: ignore[method-assign]
-                json.dumps(outcome.told()), file=results, flush=True
-            )
+            watcher.ended = lambda slot, outcome: results.tell(outcome.told())  # type: ignore[method-assign]
         elif not show.quiet:
             watcher.ended = lambda slot, outcome: _tell_failure(outcome)  # type: ignore[method-assign]
         result = batch(request, settings, watcher, workers)
     counts, report = result.counts(), request.out / "report.txt"
     if show.as_json:
-        print(json.dumps({"counts": counts, "stopped": result.stopped, "wall_s": result.wall_s, "report": str(report)}))
+        results.tell({"counts": counts, "stopped": result.stopped, "wall_s": result.wall_s, "report": str(report)})
     elif show.interactive:
         told = ", ".join(f"{number} {word}" for word, number in counts.items())
         print(f"{request.out}: {told}, in {result.wall_s:.1f} s; see {report}", file=sys.stderr)
@@ -541,7 +564,8 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
 
 
 def _complain(line: str) -> None:
-    print("avatard: " + " ".join(line.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # whoever read it is gone
+        print("avatard: " + " ".join(line.split()), file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

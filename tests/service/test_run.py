@@ -101,6 +101,30 @@ def test_json_is_one_line_of_results(place):
     assert result["times_real_time"] == pytest.approx(3.0 / result["wall_s"], rel=0.01)
 
 
+@pytest.mark.parametrize("live", [False, True], ids=["file", "live"])
+@pytest.mark.parametrize("end", ["reader gone", "disk full"])
+def test_results_that_nobody_can_have_stop_nothing(place, live, end):
+    (place.folder / "speech.raw").write_bytes(bytes(32_000))
+    voice = ["--audio", place.folder / "speech.raw", "--format", "s16le:16000:1"] if live else []
+    reader, writer = os.pipe() if end == "reader gone" else (None, os.open("/dev/full", os.O_WRONLY))
+    if reader is not None:
+        os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        process = subprocess.run(
+            place.run_command("--json", *voice),
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=place.folder,
+            env=place.environment(),
+            timeout=60,
+        )
+    why = "broken pipe" if end == "reader gone" else "no space left on device"
+    said = f"avatard: warning: stdout: results cannot be printed any more ({why}); the work goes on\n"
+    assert (process.returncode, process.stderr) == (0, said)
+    assert read_mp4(place.folder / "out.mp4").frames >= 25
+
+
 def test_the_same_seed_gives_the_same_file_and_another_does_not(place):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert place.run(to=f"{name}.mp4", seed=seed).returncode == 0
