@@ -104,7 +104,10 @@ def run_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON with the results.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Make a picture speak: a file into a file as fast as it can, a live voice or a live output in real time."""
+    """Make a picture speak: a file into a file as fast as it can, a live voice or a live output in real time.
+
+    Exit status: 0 all is there, 1 an output was lost while others went on, 2 what you can mend, 130 it was stopped.
+    """
     from service import log
     from service.config import load_settings
     from service.live import is_live
@@ -188,10 +191,12 @@ def _run_file(
             f"{result.times_real_time:.2f} x real time",
             file=sys.stderr,
         )
-    if not result.complete:
+    if result.stopped:
         where = f"{', '.join(result.outputs)} plays up to there" if result.outputs else "nothing was kept"
         _complain(f"stopped after {result.seconds:.2f} s of video; {where}")
         raise typer.Exit(INTERRUPTED)
+    if result.lost:
+        raise typer.Exit(SOME_FAILED)
 
 
 def _run_live(
@@ -224,6 +229,8 @@ def _run_live(
         print(f"off air after {result.seconds:.1f} s, {result.held} frames held{kept}", file=sys.stderr)
     elif not show.as_json and not show.quiet and not result.frames:
         _complain("stopped before the first frame; nothing was sent")
+    if result.lost:
+        raise typer.Exit(SOME_FAILED)
 
 
 @app.command("serve")

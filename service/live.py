@@ -16,8 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from audio.errors import AvatardError
 from service.config import Settings
-from service.run import Stopped, engine_settings, metadata, or_stop, read_image, spare_sources, stopping_signals
+from service.run import (
+    Stopped,
+    engine_settings,
+    lost_outputs,
+    metadata,
+    or_stop,
+    read_image,
+    spare_sources,
+    stopping_signals,
+)
 from streaming.engine import Engine, EngineSettings, Restarts
 
 if TYPE_CHECKING:
@@ -48,9 +58,14 @@ class LiveRequest:
 
 @dataclass(frozen=True)
 class LiveResult:
-    """What was broadcast, in frames and seconds of it; counts as in `LiveStatus`."""
+    """What was broadcast, in frames and seconds of it; counts as in `LiveStatus`.
+
+    lost: outputs that ended early by an error of their own; complete: there was a broadcast, and none was lost.
+    """
 
     outputs: list[str]
+    lost: list[str]
+    complete: bool
     frames: int
     seconds: float
     held: int
@@ -177,15 +192,21 @@ class _Broadcast:
             for task in tellers:
                 task.cancel()
             await asyncio.gather(*tellers, return_exceptions=True)
-        outputs = [str(lane.output) for lane in lanes if lane.output is not None]
-        return self._result(engine, outputs, status, spec.fps)
+        if not (reader.status.received_s or request.stay or self._stop.is_set()):
+            kept = ", ".join(str(lane.output) for lane in lanes if lane.output is not None)
+            idle = f"; the person sits idle in {kept}" if kept else "; is it the right source?"
+            raise AvatardError(f"{reader.name}: ended without any sound{idle}")
+        return self._result(engine, lanes, status, spec.fps)
 
     def _result(
-        self, engine: Engine, outputs: Sequence[str] = (), status: LiveStatus | None = None, fps: int = 1
+        self, engine: Engine, lanes: Sequence[Lane] = (), status: LiveStatus | None = None, fps: int = 1
     ) -> LiveResult:
         """Without a status: nothing was broadcast."""
+        lost = lost_outputs(lanes)
         return LiveResult(
-            outputs=list(outputs),
+            outputs=[str(lane.output) for lane in lanes if lane.output is not None],
+            lost=lost,
+            complete=status is not None and status.frames > 0 and not lost,
             frames=status.frames if status else 0,
             seconds=round(status.frames / fps, 3) if status else 0.0,
             held=status.held if status else 0,

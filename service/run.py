@@ -47,14 +47,17 @@ class RunRequest:
 class RunResult:
     """What was made, in frames and in seconds of wall time since the command began.
 
-    outputs: what lies on the disk now, finished or the part that was made; seconds: of video; fps: frames per second
-    of wall time from the first block on; times_real_time: seconds of video for each second from the command to the
-    finished file; first_frame_s: from the command to the first encoded block; load_s, model_s, encode_s: spent
-    loading, generating, and reading sound and encoding, in parallel.
+    outputs: what lies on the disk now, finished or the part that was made; lost: those that ended early by an error of
+    their own; complete: nothing was stopped, and none was lost; stopped: asked to end early; seconds: of video; fps:
+    frames per second of wall time from the first block on; times_real_time: seconds of video for each second from the
+    command to the finished file; first_frame_s: from the command to the first encoded block; load_s, model_s, encode_s:
+    spent loading, generating, and reading sound and encoding, in parallel.
     """
 
     outputs: list[str]
+    lost: list[str]
     complete: bool
+    stopped: bool
     frames: int
     seconds: float
     width: int
@@ -157,11 +160,14 @@ class _Run:
         if result.stopped and not result.frames:
             raise Stopped
         warnings = [f"{request.audio}: {warning}" for warning in sound.report.warnings()]
+        lost = lost_outputs(lanes)
         seconds = result.frames / spec.fps
         wall_s = self._clock() - self._began
         return RunResult(
             outputs=_outputs(lanes),
-            complete=not result.stopped,
+            lost=lost,
+            complete=not (result.stopped or lost),
+            stopped=result.stopped,
             frames=result.frames,
             seconds=round(seconds, 3),
             width=spec.width,
@@ -250,6 +256,11 @@ async def _close(lanes: Sequence[Lane]) -> None:
 
 def _outputs(lanes: Sequence[Lane]) -> list[str]:
     return [str(lane.output) for lane in lanes if lane.output is not None]
+
+
+def lost_outputs(lanes: Sequence[Lane]) -> list[str]:
+    """The names of outputs that ended early by an error of their own; the others went on."""
+    return [lane.name for lane in lanes if lane.status.failed]
 
 
 def engine_settings(settings: Settings) -> EngineSettings:

@@ -209,6 +209,14 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, words, told):
     assert not list(tmp_path.glob("*.mp4"))
 
 
+def test_a_voice_that_ends_without_a_sound_is_one_line_and_status_2(tmp_path):
+    with Live(tmp_path, ["show.mp4"]) as live:
+        live.speak(Speech(), 0.0).join()
+        assert live.end(20) == 2
+    assert live.errors.startswith("avatard: -: ended without any sound")
+    assert live.errors.count("\n") == 1
+
+
 # Ends
 
 

@@ -410,6 +410,23 @@ def test_a_disk_full_half_way_is_one_line_and_names_the_part(place, long_speech)
     assert read_mp4(place.folder / "out.part.mp4", cut_off=True).frames > 25
 
 
+@pytest.mark.parametrize("live", [False, True], ids=["file", "live"])
+def test_an_output_that_is_lost_while_another_goes_on_is_told_by_the_status(place, live):
+    (place.folder / "speech.raw").write_bytes(bytes(64_000))
+    voice = ["--audio", place.folder / "speech.raw", "--format", "s16le:16000:1"] if live else []
+    words = ["--set=model.options.step_s=0.1", "--to", place.folder / "second.mp4"]
+    process = place.spawn("--json", *words, *voice)
+    wait_for_part(place, 0)
+    (place.folder / "out.mp4").write_bytes(b"somebody else's")
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    result = json.loads(out.splitlines()[-1])
+    assert (result["lost"], result["complete"]) == ([str(place.folder / "out.mp4")], False)
+    assert [Path(path).name for path in result["outputs"]] == ["out.part.mp4", "second.mp4"]
+    assert errors.startswith(f"avatard: {place.folder}/out.mp4: exists already; ")
+    assert errors.count("\n") == 1
+
+
 def test_a_part_of_a_killed_run_is_not_overwritten_by_the_next(place):
     (place.folder / "out.part.mp4").write_bytes(b"what the last run left")
     assert place.run().returncode == 0
