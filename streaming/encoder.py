@@ -19,6 +19,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from audio.errors import AvatardError
 from avatar.model import FrameBlock
 
 log = logging.getLogger(__name__)
@@ -69,10 +70,14 @@ class Encoder:
 
     Args:
         width, height, fps, channels: of what goes in: frames in pixels, both even; sound of 1 or 2 channels.
+
+    Raises: AvatardError: a side is odd.
     """
 
     def __init__(self, width: int, height: int, fps: int, channels: int, settings: EncoderSettings) -> None:
-        assert width % 2 == height % 2 == 0, f"yuv420p needs even sides, not {width}x{height}"
+        if width % 2 or height % 2:
+            even = f"{width + width % 2}x{height + height % 2}"
+            raise AvatardError(f"pictures of {width}x{height} cannot be encoded: sides must be even, such as {even}")
         assert channels in (1, 2), f"{channels} channels of sound"
         self._source = (height, width, 3)
         self._source_fps, self._source_channels = fps, channels

@@ -79,14 +79,43 @@ def load(
         from avatar.load import load_model  # here, since it imports torch
 
         return load_model(model, size=pair, steps=steps, options=options, live=live)
-    module_spec = importlib.util.spec_from_file_location(OWN_MODULE, match["path"])
-    if module_spec is None or module_spec.loader is None or not os.path.exists(match["path"]):
-        raise AvatardError(f"model {model}: there is no file {match['path']}")
+    return _own(model, match["path"], match["function"], {"size": pair, "steps": steps, "options": options})
+
+
+def _own(model: str, path: str, function: str, arguments: dict[str, Any]) -> AvatarModel:
+    module_spec = importlib.util.spec_from_file_location(OWN_MODULE, path)
+    if module_spec is None or module_spec.loader is None or not os.path.exists(path):
+        raise AvatardError(f"model {model}: there is no file {path}")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[OWN_MODULE] = module
-    module_spec.loader.exec_module(module)
-    loaded: AvatarModel = getattr(module, match["function"])(size=pair, steps=steps, options=options)
+    try:
+        module_spec.loader.exec_module(module)
+        make = getattr(module, function, None)
+        if not callable(make):
+            raise AvatardError(f"model {model}: there is no function {function} in {path}")
+        loaded: AvatarModel = make(**arguments)
+    except AvatardError:
+        raise
+    except Exception as error:
+        if _is_fault(error):
+            raise
+        # Whoever wrote that file can mend it, and no second try does.
+        raise AvatardError(f"model {model}: {type(error).__name__}: {error}{_line_of(error, path)}") from error
+    if not hasattr(loaded, "spec"):
+        raise AvatardError(
+            f"model {model}: {function} gave a {type(loaded).__name__}, which is no model: no spec in it"
+        )
     return loaded
+
+
+def _line_of(error: Exception, path: str) -> str:
+    """Where in a file an error rose, in words; empty where it did not, or says so itself."""
+    if isinstance(error, SyntaxError):
+        return ""
+    there = os.path.abspath(path)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == there]
+    return f" (line {lines[-1]} of {path})" if lines else ""
 
 
 @dataclass

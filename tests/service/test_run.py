@@ -301,6 +301,30 @@ def test_a_setting_that_cannot_be_is_one_line(place, arguments, message):
     assert place.files() == set()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def other(size, steps, options): ...", "there is no function load in own.py"),
+        ("def load(size, steps, options)\n", "SyntaxError: expected ':' (own.py, line 1)"),
+        (
+            "import numpy\nimport nowhere_to_be_found",
+            "ModuleNotFoundError: No module named 'nowhere_to_be_found' (line 2",
+        ),
+        ("def load(size): ...", "TypeError: load() got an unexpected keyword argument 'steps'"),
+        ("def load(size, steps, options):\n    return options['x']", "KeyError: 'x' (line 2 of own.py)"),
+        ("def load(size, steps, options): ...", "load gave a NoneType, which is no model: no spec in it"),
+    ],
+)
+def test_a_model_of_ones_own_with_a_mistake_is_one_line(place, text, message):
+    (place.folder / "own.py").write_text(text)
+    line = one_line(place.run(model="own.py:load"))
+    assert line.startswith(f"model own.py:load: {message}")
+
+
+def test_a_size_that_cannot_be_encoded_is_one_line(place):
+    assert "65x65 cannot be encoded: sides must be even, such as 66x66" in one_line(place.run(size="65x65"))
+
+
 def test_a_model_that_gives_up_in_the_middle_is_one_line_and_names_the_part(place):
     line = one_line(place.run("--set", "model.options={fail_at: 3, how: user}"))
     said = "toy: this block is not to my taste; give me another"
