@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def speed(settings: Settings, image: Path, audio: Path, seconds: float) -> RunRe
     The times are seen from outside: with the start of Python, and the first frame a little too late rather than early.
     Raises: AvatardError: what the command said.
     """
+    _check("--seconds", seconds)
     with tempfile.TemporaryDirectory(prefix="avatard-bench-") as scratch:
         folder = Path(scratch)
         sound = _repeated(audio, folder / "sound.wav", seconds)
@@ -131,6 +133,8 @@ def memory(settings: Settings, image: Path, audio: Path, seconds: float, every_s
     """The memory of one run over that many seconds of sound. Raises: AvatardError: not measurable here."""
     if not Path("/proc/self/statm").exists():
         raise AvatardError("bench memory: reads /proc, which only Linux has")
+    _check("--seconds", seconds)
+    _check("--every", every_s)
     curve = MemoryCurve(every_s)
     with tempfile.TemporaryDirectory(prefix="avatard-bench-") as folder:
         sound = _repeated(audio, Path(folder) / "sound.wav", seconds)
@@ -147,6 +151,12 @@ def memory_lines(curve: MemoryCurve) -> list[str]:
         together = sample.command_mb + sample.model_mb
         lines.append(f"{sample.seconds:9.0f} {sample.command_mb:12.1f} {sample.model_mb:10.1f} {together:13.1f}")
     return [*lines, f"growth from the first to the last: {100 * curve.growth():+.2f} %"]
+
+
+def _check(option: str, seconds: float) -> None:
+    """Raises: AvatardError: not a length of time."""
+    if not 0 < seconds < math.inf:
+        raise AvatardError(f"{option} {seconds:g}: not a length in seconds; give a number above 0, such as 30")
 
 
 def _repeated(audio: Path, target: Path, seconds: float) -> Path:

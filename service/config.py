@@ -14,9 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from audio.errors import AvatardError
+
+DEEPEST = 32
+"""Levels of lists and mappings in a value; a list that holds itself has more than any number."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it here: no setting is a date, so that 2001-99-99 is a text and not a wrong one."""
+
+    yaml_implicit_resolvers: typing.ClassVar[Any] = {  # type: ignore[misc]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class ConfigError(AvatardError):
@@ -24,7 +36,7 @@ class ConfigError(AvatardError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     on_hangup: typing.ClassVar[bool] = False
     """Whether a running daemon takes new values at a SIGHUP; the others wait for its next start."""
@@ -39,7 +51,9 @@ class ModelSection(_Section):
     steps: int | None = Field(None, ge=1, le=8, description="denoising steps; null: the model's own")
     prompt: str = Field("", description="what the person does; pocket does not read it")
     seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same video")
-    options: dict[str, Any] = Field(default_factory=dict, description="the family's own options, see docs/models.md")
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="the family's own options, see docs/models.md"
+    )
     load_timeout_s: float = Field(1800.0, gt=0, description="seconds until a model that is not loaded is given up")
     step_timeout_s: float = Field(300.0, gt=0, description="seconds until a block that is not made is given up")
 
@@ -333,8 +347,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The tree in a YAML file, and file:line of every key in it."""
     try:
         text = file.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_Loader)
+        tree = _parsed(text)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({(error.strerror or str(error)).lower()})") from error
     except UnicodeDecodeError as error:
@@ -343,12 +357,40 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{file}{line}: is not YAML ({getattr(error, 'problem', None) or error})") from error
+    except (_TooDeep, RecursionError) as error:
+        raise ConfigError(f"{file}: {_TooDeep.words}") from error
+    except Exception as error:
+        # What YAML's own constructors raise: of !!int x a ValueError, of !!int "" an IndexError.
+        raise ConfigError(f"{file}: is not YAML that can be read ({error})") from error
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: holds a {type(tree).__name__}, not sections with settings; see avatard config show")
     assert node is not None
     return tree, dict(_lines(node, file))
+
+
+class _TooDeep(Exception):
+    words = f"is nested deeper than {DEEPEST} levels, or holds itself"
+
+
+def _parsed(text: str) -> Any:
+    """Raises: yaml.YAMLError; _TooDeep, RecursionError; what else its constructors raise."""
+    value = yaml.load(text, Loader=_Loader)
+    if _height(value, {}) > DEEPEST:
+        raise _TooDeep
+    return value
+
+
+def _height(value: Any, known: dict[int, int]) -> int:
+    """Levels of lists and mappings in a value."""
+    if not isinstance(value, dict | list):
+        return 0
+    if id(value) not in known:
+        known[id(value)] = DEEPEST  # met again while it is looked into, it holds itself
+        below = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + max((_height(part, known) for part in below), default=0)
+    return known[id(value)]
 
 
 def _lines(node: yaml.Node, file: Path, above: str = "") -> Iterator[tuple[str, str]]:
@@ -370,9 +412,13 @@ def _assignments(texts: Iterable[str]) -> Iterator[tuple[str, Any, str]]:
         if not separator or not key.strip():
             raise ConfigError(f"--set {text}: not of the form section.key=value, such as encoder.crf=20")
         try:
+            if key.count(".") > DEEPEST:
+                raise _TooDeep
             # A text is taken as it stands: a prompt may hold a colon.
-            parsed = value if _is_text(key.strip()) else yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed = value if _is_text(key.strip()) else _parsed(value)
+        except (_TooDeep, RecursionError) as error:
+            raise ConfigError(f"--set {text[:60]}: {_TooDeep.words}") from error
+        except Exception:  # it is not YAML, or its constructors say so in their own ways: then it is a text
             parsed = value
         yield key.strip(), parsed, f"--set {text}"
 

@@ -285,10 +285,12 @@ def read_image(path: Path, settings: Settings) -> NDArray[np.uint8]:
 
 def metadata(settings: Settings, title: str) -> dict[str, str]:
     """What an output says of itself. That it is made by a machine stands where players and platforms show it."""
+    from service.batch_plan import shown  # a name may hold any bytes
+
     software = f"avatard {VERSION}"
     model = Path(settings.model.name).name  # of a folder of one's own no more than the last name
     return {
-        "title": Path(title).stem,
+        "title": shown(Path(title).stem),
         "encoding_tool": software,
         "comment": f"AI-generated: a model ({model}) moved the person in one picture to a "
         f"sound recording; made with {software}",

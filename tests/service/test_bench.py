@@ -18,6 +18,17 @@ def test_speed_prints_every_stage_beside_its_limit(place):
     assert "x real time" in process.stdout
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["speed", "--seconds=nan"], ["speed", "--seconds=-1"], ["memory", "--seconds=inf"], ["memory", "--every=0"]],
+)
+def test_what_is_no_length_is_one_line(place, words):
+    process = place.call(place.command("bench", *words))
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"avatard: {words[1].replace('=', ' ')}: not a length in seconds")
+    assert process.stderr.count("\n") == 1
+
+
 def test_the_stages_of_the_embedded_model_are_told_in_their_order():
     from service.bench import stage_lines, stages
     from service.config import load_settings

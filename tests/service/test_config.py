@@ -77,6 +77,18 @@ def test_an_empty_file_or_section_is_the_defaults(file, text):
         ("encoder: [\n", "own.yaml:2: is not YAML"),
         ("model:\n  width: 512\n", "model.width and model.height: give both or neither"),
         ("model:\n  seed: -1\n", "own.yaml:2: model.seed: input should be greater than or equal to 0"),
+        (
+            "limits:\n  picture_megapixels: .inf\n",
+            "own.yaml:2: limits.picture_megapixels: input should be a finite number",
+        ),
+        ("limits:\n  audio_hours: .nan\n", "own.yaml:2: limits.audio_hours: input should be a finite number"),
+        ("model:\n  seed: 2001-99-99\n", "own.yaml:2: model.seed: input should be a valid integer"),
+        ("model:\n  seed: !!int x\n", "own.yaml: is not YAML that can be read (invalid literal for int()"),
+        ("model:\n  seed: !!int ''\n", "own.yaml: is not YAML that can be read ("),
+        ("model: &m\n  options: *m\n", "own.yaml: is nested deeper than 32 levels, or holds itself"),
+        ("model:\n  options:\n    a: &a [*a]\n", "own.yaml: is nested deeper than 32 levels, or holds itself"),
+        ("[" * 5000, "own.yaml: is nested deeper than 32 levels, or holds itself"),
+        ("model:\n  options:\n    a: !!binary aGk=\n", "own.yaml:3: model.options.a: input was not a valid JSON value"),
         ("model:\n  options: !!python/object/apply:os.system [ls]\n", "is not YAML"),
     ],
 )
@@ -96,6 +108,18 @@ def test_what_is_wrong_in_a_file_is_said_with_its_line(file, text, message):
         ("nothing.like.it=9", "--set nothing.like.it=9: unknown setting; avatard config show lists all"),
         ("encoder.crf", "--set encoder.crf: not of the form section.key=value"),
         ("encoder=9", "--set encoder=9: encoder: is a section and holds settings, not 9"),
+        ("model.seed=2001-99-99", "--set model.seed=2001-99-99: model.seed: input should be a valid integer"),
+        ("model.seed=!!int ''", "--set model.seed=!!int '': model.seed: input should be a valid integer"),
+        (
+            "limits.audio_hours=.inf",
+            "--set limits.audio_hours=.inf: limits.audio_hours: input should be a finite number",
+        ),
+        (
+            "model.options=&o {a: *o}",
+            "--set model.options=&o {a: *o}: is nested deeper than 32 levels, or holds itself",
+        ),
+        ("model.options=" + "[" * 5000, "[[[[: is nested deeper than 32 levels, or holds itself"),
+        ("model.options" + ".a" * 5000 + "=1", ".a.a.: is nested deeper than 32 levels, or holds itself"),
         ("encoder.crf.more=9", "encoder.crf.more: input should be a valid number"),
     ],
 )
@@ -103,6 +127,10 @@ def test_what_is_wrong_on_the_command_line_is_said_with_its_text(text, message):
     with pytest.raises(ConfigError) as caught:
         load_settings(None, [text])
     assert message in str(caught.value)
+
+
+def test_what_looks_like_a_date_is_a_text(file):
+    assert load_settings(file("model:\n  prompt: 2001-99-99\n")).model.prompt == "2001-99-99"
 
 
 def test_a_file_that_is_not_text_is_one_line(tmp_path):

@@ -72,6 +72,12 @@ def test_the_file_says_what_it_is(place):
     assert metadata["comment"].startswith("AI-generated: a model (toy_model.py:load)")
 
 
+def test_a_name_that_is_no_utf_8_is_told_as_far_as_it_can_be(place):
+    name = os.fsdecode(b"bad\xff.mp4")
+    assert place.run(to=name).returncode == 0
+    assert read_mp4(place.folder / name).metadata["title"] == "bad\N{REPLACEMENT CHARACTER}"
+
+
 @pytest.mark.needs("ffprobe")
 def test_another_program_reads_the_file_and_its_statement(place):
     place.run()
