@@ -120,6 +120,8 @@ class Reader:
         self._connections = 0
         self._last_error = ""
         self._retry_s = FIRST_RETRY_S
+        self.failure: Exception | None = None
+        """What it has ended by, where that is no end of the sound."""
 
     @property
     def status(self) -> ReaderStatus:
@@ -131,18 +133,17 @@ class Reader:
 
         A lost source is tried again for ever. What no trying mends, or a bug, goes into the PushSource as its error.
         """
-        error: Exception | None = None
         try:
             while not await self._read():
                 await self._sleep(self._next_wait_s())
         except SourceClosed:
             pass
         except Exception as failure:
-            error = failure
+            self.failure = failure
             self._last_error = str(failure)
         finally:
             self._state = "ended"
-            self._source.close(error)
+            self._source.close(self.failure)
 
     async def _read(self) -> bool:
         """One connection; whether it was the last, since the source has ended."""
@@ -243,6 +244,7 @@ def open_live(
     if _is_fifo(path):
         return again(str(path), partial(_fifo, path, form))
     if form is not None:
+        _check_file(path)
         return once(str(path), partial(_bare_file, path, form), is_file=True)
     return once(str(path), partial(_file, open_sound(path)), is_file=True)
 
@@ -261,6 +263,20 @@ async def _file(sound: SoundFile) -> Chunks:
         log.warning("%s: %s", sound.path, line)
 
 
+def _check_file(path: Path) -> None:
+    """Raises: AudioError: nothing is there, or a folder."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{path}: cannot be read ({_why(error)}); check the path and its permissions") from error
+    if stat.S_ISDIR(mode):
+        raise AudioError(f"{path}: is a folder; name a file of bare samples in it")
+
+
+def _why(error: OSError | ValueError) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
 async def _bare_file(path: Path, pcm: PcmFormat) -> Chunks:
     descriptor = _opened(path, os.O_RDONLY)
     try:
@@ -275,8 +291,7 @@ def _opened(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags)
     except (OSError, ValueError) as error:
-        why = (getattr(error, "strerror", None) or str(error)).lower()
-        raise AudioError(f"{path}: cannot be read ({why}); check the path and its permissions") from error
+        raise AudioError(f"{path}: cannot be read ({_why(error)}); check the path and its permissions") from error
 
 
 # Pipes
@@ -382,15 +397,16 @@ def _is_nonsense(decoder: PcmDecoder) -> bool:
 async def _read(descriptor: int, size: int, limit_s: float | None, name: str) -> bytes | None:
     """What is there, at most so many bytes, waiting for some; b"" at the end; None when the time is over."""
     try:
-        while await _readable(descriptor, limit_s):
-            with contextlib.suppress(BlockingIOError):  # somebody else has read it
-                return os.read(descriptor, size)
-        return None
-    except PermissionError:
-        # A file: it is always ready, and its disk may be slow.
-        return await asyncio.to_thread(os.read, descriptor, size)
+        try:
+            while await _readable(descriptor, limit_s):
+                with contextlib.suppress(BlockingIOError):  # somebody else has read it
+                    return os.read(descriptor, size)
+            return None
+        except PermissionError:
+            # A file: it is always ready, and its disk may be slow.
+            return await asyncio.to_thread(os.read, descriptor, size)
     except OSError as error:
-        raise AudioError(f"{name}: cannot be read ({(error.strerror or str(error)).lower()})") from error
+        raise AudioError(f"{name}: cannot be read ({_why(error)})") from error
 
 
 async def _readable(descriptor: int, limit_s: float | None) -> bool:
@@ -422,6 +438,8 @@ def _decoded_pipe(descriptor: int, name: str, gone: threading.Event) -> Decoding
             raise AudioError(
                 f"{name}: no sound that FFmpeg can read; if it is bare samples, say which: --format s16le:16000:1"
             ) from error
+        except OSError as error:  # our own read() of it
+            raise AudioError(f"{name}: cannot be read ({_why(error)})") from error
         with container:
             yield from decode_live(container, name, LISTENER_RATE, report)
         if report.broke_off:

@@ -21,6 +21,7 @@ from service.config import Settings
 from service.run import (
     Stopped,
     engine_settings,
+    is_there,
     lost_outputs,
     metadata,
     or_stop,
@@ -108,6 +109,9 @@ def broadcast(
     SIGUSR1 interrupts what is being said. Asked to end before there was a frame, it has none, and that is no error.
     Raises: AvatardError.
     """
+    if not is_there(request.audio):
+        closed = "is closed, so there is nothing to read" if request.audio == "-" else "is not an open file descriptor"
+        raise AvatardError(f"{request.audio}: {closed}; start avatard with a pipe or a file there")
     return asyncio.run(_Broadcast(request, settings, watcher, began, clock).run())
 
 
@@ -185,18 +189,26 @@ class _Broadcast:
             on_change=self._tell,
         )
         self._reader = reader
-        tellers = [asyncio.create_task(reader.run(), name="reader"), asyncio.create_task(self._report())]
+        tellers = [asyncio.create_task(self._read(reader), name="reader"), asyncio.create_task(self._report())]
         try:
             status = await session.run(self._stop)
         finally:
             for task in tellers:
                 task.cancel()
             await asyncio.gather(*tellers, return_exceptions=True)
+        if reader.failure is not None and not request.stay:
+            raise reader.failure
         if not (reader.status.received_s or request.stay or self._stop.is_set()):
             kept = ", ".join(str(lane.output) for lane in lanes if lane.output is not None)
             idle = f"; the person sits idle in {kept}" if kept else "; is it the right source?"
             raise AvatardError(f"{reader.name}: ended without any sound{idle}")
         return self._result(engine, lanes, status, spec.fps)
+
+    async def _read(self, reader: Reader) -> None:
+        await reader.run()
+        if reader.failure is not None and not (reader.status.received_s or self._request.stay):
+            # No sound came, and none will: not on air yet, it need not go there to say so.
+            self._stop.set()
 
     def _result(
         self, engine: Engine, lanes: Sequence[Lane] = (), status: LiveStatus | None = None, fps: int = 1

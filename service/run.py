@@ -230,6 +230,11 @@ def spare_sources(targets: Sequence[str], image: Path, audio: str) -> None:
                     raise SinkError(f"{target}: would replace the {what} itself ({option}); choose another name")
 
 
+def is_there(audio: str) -> bool:
+    """Whether what stdin or fd:N stands for was given to us; to be asked before anything else takes the number."""
+    return not (audio == "-" or audio.startswith("fd:")) or _status(audio) is not None
+
+
 def _status(source: str) -> os.stat_result | None:
     """Of a path or an open descriptor, as they are written after --audio; None of what is neither."""
     with contextlib.suppress(OSError, ValueError, OverflowError):

@@ -386,6 +386,8 @@ async def test_a_file_of_bare_samples_is_read_to_its_end(tmp_path):
         ("-", "s16", "PCM format 's16': unknown; did you mean 's16le'?"),
         ("no/such/file", None, "no/such/file: no such file"),
         ("no/such/\0file", None, "no such file"),
+        ("no/such/file", "s16le", "no/such/file: cannot be read .no such file or directory.; check the path"),
+        (".", "s16le", "[.]: is a folder; name a file"),
     ],
 )
 def test_what_nobody_reads_is_told_in_one_line(target, pcm, says):
@@ -400,7 +402,6 @@ def test_what_nobody_reads_is_told_in_one_line(target, pcm, says):
     [
         ("pulse:nobody", None, "this FFmpeg has no pulse; let a program record into a pipe"),
         ("srt://127.0.0.1:9?passphrase=SECRET", None, "this FFmpeg does not speak srt; use another way"),
-        ("no/such/file", "s16le", "no/such/file: cannot be read (no such file or directory)"),
     ],
 )
 async def test_what_no_trying_mends_ends_the_source(target, pcm, says):

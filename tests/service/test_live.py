@@ -198,6 +198,9 @@ def test_a_voice_from_an_address_may_die_and_come_back(tmp_path, nginx):
         ({"to": "ftp://host/key"}, "ftp://: no such output"),
         ({"to": "show.avi"}, "show.avi: file type '.avi' is not one we write"),
         ({"audio": "gopher://host/voice"}, "gopher://"),
+        ({"audio": "."}, ".: is a folder"),
+        ({"audio": "fd:9"}, "fd:9: is not an open file descriptor"),
+        ({"audio": "/proc/self/mem"}, "/proc/self/mem: cannot be read (input/output error)"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, words, told):
@@ -215,6 +218,24 @@ def test_a_voice_that_ends_without_a_sound_is_one_line_and_status_2(tmp_path):
         assert live.end(20) == 2
     assert live.errors.startswith("avatard: -: ended without any sound")
     assert live.errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("format", [["--format=s16le:16000:1"], []], ids=["bare", "FFmpeg"])
+@pytest.mark.parametrize(
+    ("given", "audio", "told"),
+    [
+        ("<&-", "-", "-: is closed"),
+        ("3<.", "fd:3", "fd:3: cannot be read (is a directory)"),
+        ("</dev/null", "-", "-: "),
+    ],
+)
+def test_a_descriptor_that_brings_no_sound_is_one_line_and_status_2(place, given, audio, told, format):
+    command = ["sh", "-c", f'exec "$@" {given}', "sh", *place.run_command(*format, audio=audio)]
+    process = place.call(command)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith(f"avatard: {told}")
+    assert process.stderr.count("\n") == 1
+    assert not place.files()
 
 
 # Ends
