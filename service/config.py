@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic_core import PydanticCustomError
 
 from audio.errors import AvatardError
 
@@ -40,6 +41,18 @@ class _Section(BaseModel):
 
     on_hangup: typing.ClassVar[bool] = False
     """Whether a running daemon takes new values at a SIGHUP; the others wait for its next start."""
+
+
+def _host(name: str) -> str:
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        raise PydanticCustomError("host", "is no name or address of a machine") from None
+    return name
+
+
+Host = typing.Annotated[str, AfterValidator(_host)]
+"""What the system can be asked for: of others, such as a..b, its resolver makes a bug."""
 
 
 class ModelSection(_Section):
@@ -172,7 +185,7 @@ class HttpSection(_Section):
     """The HTTP server and the page."""
 
     enabled: bool = Field(True, description="whether there is one")
-    host: str = Field("127.0.0.1", description="address it listens on; any but loopback needs a token in auth")
+    host: Host = Field("127.0.0.1", description="address it listens on; any but loopback needs a token in auth")
     port: int = Field(8000, ge=0, le=65535, description="0: one that is free")
     page: bool = Field(True, description="whether / shows the page")
     public_url: str = Field("", description="how others reach it, for addresses of results; empty: http://host:port")
@@ -187,7 +200,7 @@ class MqttSection(_Section):
     """The MQTT client."""
 
     enabled: bool = Field(False, description="whether there is one")
-    host: str = Field("127.0.0.1", description="of the broker")
+    host: Host = Field("127.0.0.1", description="of the broker")
     port: int = Field(1883, ge=1, le=65535, description="of the broker; 8883 is usual with TLS")
     version: typing.Literal["5", "3.1.1"] = Field("5", description="of the protocol")
     prefix: str = Field("avatar", pattern=r"^[^#+$\s]+$", description="of every topic")
@@ -287,6 +300,9 @@ def load_settings(file: Path | None = None, assignments: Iterable[str] = (), **o
     settings = _validate(tree, places)
     if (settings.model.width is None) != (settings.model.height is None):
         raise ConfigError("model.width and model.height: give both or neither")
+    if settings.http.tls_key is not None and settings.http.tls_cert is None:
+        place = places.get("http.tls_key", "")
+        raise ConfigError(f"{place and f'{place}: '}http.tls_key: needs http.tls_cert, the certificate that it is of")
     return settings
 
 

@@ -28,6 +28,7 @@ from service.config import ConfigError, Settings, reloaded
 from service.hub import Hub
 from service.metrics import Metrics
 from service.run import engine_settings
+from service.secrets import check_certificate
 from streaming.engine import Engine, EngineError, EngineSettings, EngineState, Restarts
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def serve(load: Callable[[], Settings]) -> int:
     Raises: AvatardError: it cannot start, or not with these settings.
     """
     settings = load()
+    if settings.http.enabled and settings.http.tls_cert is not None:
+        check_certificate(settings.http.tls_cert, settings.http.tls_key)
     systemd = ServiceManager(os.environ)
     with _sole_owner(settings):
         operators_log.set_up_daemon(settings.logging)

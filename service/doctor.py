@@ -265,15 +265,17 @@ def _open_files() -> Finding:
 
 def _secrets(settings: Settings) -> Iterator[Finding]:
     from service.auth import Keys
-    from service.secrets import read_secret
+    from service.secrets import check_certificate, read_secret
 
-    mqtt, voice = settings.mqtt, settings.voice
+    http, mqtt, voice = settings.http, settings.mqtt, settings.voice
     try:
         Keys.load(settings)
         if mqtt.enabled:
             read_secret("mqtt.password", mqtt.password_file, mqtt.password_env)
         if voice.url:
             read_secret("voice.key", voice.key_file, voice.key_env)
+        if http.enabled and http.tls_cert is not None:
+            check_certificate(http.tls_cert, http.tls_key)
     except AvatardError as error:
         yield Finding("settings", "problem", str(error))
         return
@@ -363,6 +365,10 @@ def _speed(settings: Settings, run: Run) -> Iterator[Finding]:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         yield Finding("speed", "warning", f"could not be measured ({error})")
         return
+    refused = _last_line(errors).partition("PocketError: ")[2]
+    if taken is None and refused:
+        yield Finding("speed", "problem", f"pocket cannot be had so: {refused}")
+        return
     if taken is None:
         yield Finding("speed", "warning", f"could not be measured ({_last_line(errors)})")
         return
@@ -448,7 +454,10 @@ def _running(settings: Settings) -> str | None:
 
 def _disk(name: str, folder: Path, settings: Settings) -> Iterator[Finding]:
     check = f"{name} folder"
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        yield Finding(check, "problem", f"{there}: is no folder", f"set daemon.{name} to another place")
+        return
     free = shutil.disk_usage(there).free
     found = f"{folder}: {_gb(free)} free"
     if not os.access(there, os.W_OK | os.X_OK):

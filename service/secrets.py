@@ -31,6 +31,30 @@ def read_secret(setting: str, file: Path | None, env: str) -> str:
     return _one_line(os.environ[env], f"{setting}: environment variable {env}")
 
 
+def check_certificate(cert: Path, key: Path | None) -> None:
+    """Raises: ConfigError: http.tls_cert, with http.tls_key or the key in it, cannot be served with."""
+    import ssl
+
+    where = "http.tls_cert, http.tls_key" if key is not None else "http.tls_cert"
+    for file in filter(None, (cert, key)):
+        try:
+            with open(os.path.expanduser(file), "rb"):
+                pass
+        except (OSError, ValueError) as error:
+            why = (getattr(error, "strerror", None) or str(error)).lower()
+            raise ConfigError(f"{where}: {file}: cannot be read ({why})") from error
+    try:
+        # Without the password it would ask for one on the terminal, and a daemon has none.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            os.path.expanduser(cert), os.path.expanduser(key) if key is not None else None, password=""
+        )
+    except (OSError, ValueError) as error:  # of ssl's errors each is an OSError
+        files = " and ".join(map(str, filter(None, (cert, key))))
+        raise ConfigError(
+            f"{where}: no certificate with its key is in {files}; both are wanted as PEM, without a password"
+        ) from error
+
+
 def _text_of(setting: str, file: Path) -> str:
     try:
         with file.open("rb") as opened:

@@ -120,6 +120,8 @@ def test_what_is_wrong_in_a_file_is_said_with_its_line(file, text, message):
         ),
         ("model.options=" + "[" * 5000, "[[[[: is nested deeper than 32 levels, or holds itself"),
         ("model.options" + ".a" * 5000 + "=1", ".a.a.: is nested deeper than 32 levels, or holds itself"),
+        ("http.host=a..b", "--set http.host=a..b: http.host: is no name or address of a machine, not 'a..b'"),
+        ("http.tls_key=x", "--set http.tls_key=x: http.tls_key: needs http.tls_cert, the certificate that it is of"),
         ("encoder.crf.more=9", "encoder.crf.more: input should be a valid number"),
     ],
 )

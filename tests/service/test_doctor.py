@@ -173,6 +173,32 @@ def test_a_password_that_is_not_there_is_a_problem(look):
     assert (found.level, "NOBODY_SET_THIS" in found.found) == ("problem", True)
 
 
+def test_a_certificate_that_cannot_be_used_is_a_problem(look, tmp_path):
+    cert = tmp_path / "cert.pem"
+    found = look(f"http.tls_cert={cert}")["settings"]
+    assert (found.level, found.found) == (
+        "problem",
+        f"http.tls_cert: {cert}: cannot be read (no such file or directory)",
+    )
+    cert.write_text("no certificate")
+    found = look(f"http.tls_cert={cert}")["settings"]
+    assert found.level == "problem"
+    assert found.found.startswith(f"http.tls_cert: no certificate with its key is in {cert}; both are")
+
+
+def test_a_folder_that_can_never_be_is_a_problem(look):
+    found = look("daemon.state=/dev/null/x")["state folder"]
+    assert (found.level, found.found) == ("problem", "/dev/null: is no folder")
+
+
+def test_options_that_the_model_refuses_are_a_problem(look):
+    found = look("model.steps=3", run=doctor.run_program)["speed"]
+    assert (found.level, found.found) == (
+        "problem",
+        "pocket cannot be had so: steps: 3; pocket was trained for 1, 2 or 4",
+    )
+
+
 def test_an_unknown_model_and_one_that_is_not_downloaded_are_problems(look, tmp_path):
     assert "did you mean pocket" in look("model.name=poket")["model"].found
     found = look("model.name=live-avatar-14b", f"paths.models={tmp_path}/models")["model"]
