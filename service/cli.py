@@ -5,10 +5,16 @@ What a command needs is imported in it, so that those that need no model answer 
 
 from __future__ import annotations
 
+import signal
 import time
 
 BEGAN = time.monotonic()
 """When the command was given, as near as its own code can know."""
+
+_interrupted = signal.getsignal(signal.SIGINT)
+if _interrupted is signal.default_int_handler:
+    # Until there is a main() to catch it, Ctrl-C ends the process as it ends any other, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib  # noqa: E402
 import importlib  # noqa: E402
@@ -577,8 +583,8 @@ def _complain(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; ends the process with 0, 2 for what the user can mend (one line), 130 for Ctrl-C."""
-    command = typer.main.get_command(app)
     try:
+        command = typer.main.get_command(app)
         status = command.main(args=arguments, prog_name="avatard", standalone_mode=False)
     except AvatardError as error:
         _complain(str(error))
@@ -587,6 +593,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain("stopped")
         status = INTERRUPTED
     except Exception as error:
+        if isinstance(error, getattr(sys.modules.get("service.run"), "Stopped", ())):
+            _complain("stopped before the first frame")
+            sys.exit(INTERRUPTED)
         # What the parser of the command line complains of: an unknown option, a missing one.
         if not hasattr(error, "format_message"):
             raise
@@ -594,6 +603,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = USER_ERROR
     sys.exit(status if isinstance(status, int) else 0)
 
+
+if _interrupted is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _interrupted)
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import procs
 import pytest
+from waiting import until
+
+TOY = f"{Path(__file__).parent.parent / 'toy_model.py'}:load"
 
 
 def test_speed_prints_every_stage_beside_its_limit(place):
@@ -27,6 +36,20 @@ def test_what_is_no_length_is_one_line(place, words):
     assert process.returncode == 2
     assert process.stderr.startswith(f"avatard: {words[1].replace('=', ' ')}: not a length in seconds")
     assert process.stderr.count("\n") == 1
+
+
+def test_memory_that_is_interrupted_before_the_first_frame_says_so(place):
+    words = ["--model", TOY, "--image", place.image, "--audio", place.audio, "--seconds", 4]
+    slow = ["--set", "model.options={fail_at: 0, how: hang}"]
+    process = subprocess.Popen(
+        place.command("bench", "memory", *words, *slow), stderr=subprocess.PIPE, text=True, env=place.environment()
+    )
+    engine = until(lambda: procs.children(process.pid, "streaming.engine_child"), 20, "the engine")
+    assert engine
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (130, "avatard: stopped before the first frame\n")
 
 
 def test_the_stages_of_the_embedded_model_are_told_in_their_order():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,22 @@ sys.exit("imports " + ", ".join(heavy) if heavy else 0)
     folder = Path(__file__).parent.parent.parent / "configs"
     process = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize(("imported", "status"), [("typer", -signal.SIGINT), ("service.config", 130)])
+def test_ctrl_c_while_it_imports_is_no_traceback(imported, status):
+    code = f"""
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {imported!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from service import cli
+cli.main(["config", "show"])
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (status, "", "")
 
 
 def test_the_version_is_printed(capsys):
