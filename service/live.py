@@ -196,7 +196,7 @@ class _Broadcast:
             for task in tellers:
                 task.cancel()
             await asyncio.gather(*tellers, return_exceptions=True)
-        if reader.failure is not None and not request.stay:
+        if reader.failure is not None and not (reader.status.received_s or request.stay):
             raise reader.failure
         if not (reader.status.received_s or request.stay or self._stop.is_set()):
             kept = ", ".join(str(lane.output) for lane in lanes if lane.output is not None)

@@ -421,8 +421,10 @@ class LiveSession:
                 self._hear(chunk.samples, self._clock())
                 await self._have_room()
         except AvatardError as error:
-            # What came before it is spoken first.
-            log.warning("%s; no more sound comes from there", error)
+            # What came before it is spoken first. Who does not stay is told at the end.
+            log.log(
+                logging.WARNING if self._settings.stay else logging.INFO, "%s; no more sound comes from there", error
+            )
             self._source_error = error
         self._source_ended = True
         self._cutter.utterance_ended()
