@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from audio.errors import AvatardError
 from service.batch_plan import (
     OWN_FOLDER,
+    WORK_FOLDER,
     BatchError,
     BatchRequest,
     Item,
@@ -445,7 +446,7 @@ def _outcome(item: Item, made: dict[str, Any]) -> Outcome:
 
 
 def _work(request: BatchRequest) -> Path:
-    return request.out / OWN_FOLDER / "work"
+    return request.out / WORK_FOLDER
 
 
 @contextlib.contextmanager

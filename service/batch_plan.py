@@ -39,6 +39,7 @@ LONGEST_NAME = 200
 
 OWN_FOLDER = ".avatard"
 """Below the folder of results: the work in progress, and the lock."""
+WORK_FOLDER = f"{OWN_FOLDER}/work"
 
 OWN_FILES = ("manifest.jsonl", "report.json", "report.txt")
 """In the folder of results: what tells of them."""
@@ -175,7 +176,7 @@ def read_manifest(request: BatchRequest) -> Manifest:
 
 def kept(key: str) -> str:
     """The path below `out` of a video that is to be copied, and loses its name before that is done."""
-    return f"{OWN_FOLDER}/work/kept/{key}"
+    return f"{WORK_FOLDER}/kept/{key}"
 
 
 def shown(path: object) -> str:
