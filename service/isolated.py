@@ -59,7 +59,7 @@ TAKE_S = 1.0
 PATIENCE_S = 180.0
 """That is waited for an answer: the process may have to share its processor, or wait for a disk."""
 
-INHERITED = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "PYTHONUTF8")
+INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "PYTHONUTF8")
 """Of the environment, in which there may be secrets."""
 
 MOST_HEADER_BYTES = 1 << 20
@@ -239,6 +239,8 @@ class _Reader:
             process.wait()
 
     def _started(self) -> subprocess.Popen[bytes]:
+        from streaming.engine_process import child_environment  # here: the reader itself has no use for it
+
         if self._process is not None:
             if self._process.poll() is None:
                 return self._process
@@ -246,17 +248,16 @@ class _Reader:
         self._process = None
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(TAKE_S)
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         # No secrets; and one thread of algebra: there is none to do, and what was forked could not use it.
-        inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+        known = child_environment()
+        inherited = {name: known[name] for name in INHERITED if name in known}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "service.isolated", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**inherited, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+                env={**inherited, "OPENBLAS_NUM_THREADS": "1"},
                 # Ctrl-C is for us.
                 start_new_session=True,
             )
