@@ -69,7 +69,8 @@ def _float8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.is_cuda and has_float8_products(q):
         from avatar.kernels import attend
 
-        return torch.cat([attend(rounded[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(len(q))]).to(dtype)
+        made = [attend(rounded[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(len(q))]
+        return (made[0] if len(made) == 1 else torch.cat(made)).to(dtype)
     return attention(rounded.to(dtype), k.to(dtype), v.to(dtype))
 
 
@@ -119,8 +120,15 @@ def _rope_table(
             rotation = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32).astype(np.float16)
             view = [1, 1, 1, channels // 2, 2]
             view[axis] = len(positions)
-            axes.append(torch.from_numpy(rotation).to(device).view(view).expand(*shape, -1, -1))
+            axes.append(_sent(torch.from_numpy(rotation), device).view(view).expand(*shape, -1, -1))
         return torch.cat(axes, dim=3).flatten(0, 2).float()
+
+
+def _sent(x: Tensor, device: torch.device | str | None) -> Tensor:
+    """To a device, without waiting for what that is at work on: a table is made for nearly every step."""
+    if device is not None and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:

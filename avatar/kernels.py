@@ -7,6 +7,7 @@ or so, and keeps it on disk.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -116,13 +117,13 @@ def _residual_norm(  # type: ignore[no-untyped-def]
         tl.store(values + here, r.to(values.dtype.element_ty), mask=inside)
 
 
-def gelu(x: Tensor, float8: bool) -> Tensor | Rounded:
-    """GELU (tanh approximation) of x [N, D], bfloat16, or rounded to e4m3 row by row."""
+def gelu(x: Tensor) -> Rounded:
+    """GELU (tanh approximation) of x [N, D], rounded to e4m3 row by row."""
     rows, dim = x.shape
-    values = torch.empty(rows, dim, dtype=FLOAT8 if float8 else x.dtype, device=x.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if float8 else None
+    values = torch.empty(rows, dim, dtype=FLOAT8, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     _gelu[(rows,)](x, values, scale, dim, triton.next_power_of_2(dim), num_warps=16)
-    return values if scale is None else Rounded(values, scale)
+    return Rounded(values, scale)
 
 
 @triton.jit
@@ -133,11 +134,9 @@ def _gelu(x, values, scale, dim: tl.constexpr, block: tl.constexpr):  # type: ig
     a = tl.load(x + row * dim + column, mask=inside, other=0.0).to(tl.float32)
     # 1/2 (1 + tanh(u)) = sigmoid(2 u), with u = sqrt(2 / pi) (a + 0.044715 a^3)
     r = a * tl.sigmoid(a * (1.5957691216057308 + 0.07135481282717577 * a * a))
-    if scale is not None:
-        largest = tl.maximum(tl.max(tl.abs(r)), TINY) / LARGEST
-        tl.store(scale + row, largest)
-        r = r / largest
-    tl.store(values + row * dim + column, r.to(values.dtype.element_ty), mask=inside)
+    largest = tl.maximum(tl.max(tl.abs(r)), TINY) / LARGEST
+    tl.store(scale + row, largest)
+    tl.store(values + row * dim + column, (r / largest).to(values.dtype.element_ty), mask=inside)
 
 
 def rotate(
@@ -153,7 +152,8 @@ def rotate(
         x: bfloat16 [N, D].
         table: float32 [N, dim / 2, 2]; None: nothing is turned.
         weight: [D], of the norm; None: x is normed already.
-        out: [N, heads, dim] in any layout whose last side is dense, bfloat16 or e4m3; a new [N, D] without it.
+        out: [N, heads, dim] in any layout whose last side is dense, bfloat16 or e4m3, which is rounded from bfloat16;
+            a new [N, D] without it.
     Returns: out.
     """
     rows, dim = x.shape
@@ -189,7 +189,7 @@ def _rotate(  # type: ignore[no-untyped-def]
     if table is not None:
         r = _turn(r, table + row * pairs * 2, pairs, block)
     there = row * out_stride + (column // head_dim) * head_stride + column % head_dim
-    tl.store(out + there, r.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + there, r.to(x.dtype.element_ty).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -342,4 +342,58 @@ def _attend(  # type: ignore[no-untyped-def]
         sums = sums * fade[:, None]
         sums = tl.dot(p.to(a.dtype), values.load([head * dim, whole]).T, sums)
     there = row[:, None] * out_stride + head * dim + column[None]
+    tl.store(out + there, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+def attend_few(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
+    """Attention to so few keys that a library's kernel would mostly wait; the last key stands for `repeats` equal ones.
+
+    Args:
+        q: bfloat16 [B, N, heads, dim]; k, v: bfloat16 [B, M, heads, dim]. Heads follow each other densely in all three;
+            dim is a power of 2.
+    Returns: bfloat16 [B, N, heads, dim].
+    """
+    batch, queries, heads, dim = q.shape
+    keys = k.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tile = min(64, max(16, triton.next_power_of_2(keys - 1)))
+    _attend_few[(triton.cdiv(queries, 64), heads, batch)](
+        q, k, v, out, queries, keys, q.stride(1), k.stride(1), v.stride(1), heads * dim, q.stride(0), k.stride(0),
+        v.stride(0), math.log2(repeats), dim**-0.5 * 1.4426950408889634, dim, 64, tile, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _attend_few(  # type: ignore[no-untyped-def]
+    q, k, v, out, queries, keys, q_stride, k_stride, v_stride, out_stride, q_batch, k_batch, v_batch, more, scale,
+    dim: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    head, batch = tl.program_id(1), tl.program_id(2)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = head * dim + tl.arange(0, dim)
+    inside = (row < queries)[:, None]
+    q += batch * q_batch
+    k += batch * k_batch
+    v += batch * v_batch
+    a = tl.load(q + row[:, None] * q_stride + column[None], mask=inside, other=0.0)
+    # The last key is where sums begin; the others come in tiles.
+    last = keys - 1
+    k_last = tl.load(k + last * k_stride + column).to(tl.float32)
+    largest = tl.sum(a.to(tl.float32) * k_last[None], 1) * scale + more
+    total = tl.full([BM], 1.0, tl.float32)
+    sums = tl.zeros([BM, dim], tl.float32) + tl.load(v + last * v_stride + column).to(tl.float32)[None]
+    for first in range(0, last, BN):
+        key = first + tl.arange(0, BN)
+        there = (key < last)[:, None]
+        b = tl.load(k + key[:, None] * k_stride + column[None], mask=there, other=0.0)
+        scores = tl.where((key < last)[None], tl.dot(a, tl.trans(b)) * scale, -1e30)
+        above = tl.maximum(largest, tl.max(scores, 1))
+        p = tl.exp2(scores - above[:, None])
+        fade = tl.exp2(largest - above)
+        total = total * fade + tl.sum(p, 1)
+        c = tl.load(v + key[:, None] * v_stride + column[None], mask=there, other=0.0)
+        sums = tl.dot(p.to(a.dtype), c, sums * fade[:, None])
+        largest = above
+    there = (batch * queries + row[:, None]) * out_stride + column[None]
     tl.store(out + there, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from avatar.compile import replay
 from avatar.demand import Demand, Network, Rings
 from avatar.float8 import has_float8_products
 from avatar.live_avatar.dit import CausalDiT
-from avatar.live_avatar.fast import compile_vae, fuse, joined, regroup, use_float8_attention
+from avatar.live_avatar.fast import compile_vae, fuse, joined, regroup, replay_steps, use_float8_attention
 from avatar.live_avatar.generator import LATENTS_PER_BLOCK, OptionError, Options
 from avatar.live_avatar.size import Shape
 from avatar.live_avatar.vae import WanVae
@@ -39,6 +40,9 @@ from avatar.placement import (
     understand,
 )
 from avatar.quantize import quantize_linears
+
+if TYPE_CHECKING:
+    from avatar.live_avatar.replayed import ReplayedStep
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +136,7 @@ class Places:
         self._dit: CausalDiT | None = None
         self._vae: WanVae | None = None
         self._rings: RingStream | None = None
+        self._replayed: ReplayedStep | None = None
         budget = placement.target.vram_bytes
         if device.type == "cuda" and budget:
             # Layers come and go in several sizes: without this, 10 of 24 GiB were lost between them.
@@ -178,6 +183,8 @@ class Places:
         if fast:
             if self._fusible:
                 fuse(dit)
+                if all(len(staying) == len(dit.blocks) for staying in self._stay.values()):
+                    self._replayed = replay_steps(dit)
             replay(dit, "hear")
 
     def settle_rest(self, vae: WanVae, speech: nn.Module) -> None:
@@ -224,6 +231,10 @@ class Places:
             self._rings.leave()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # no copy is under way into what is let go of, or out of it
+        if self._replayed is not None:
+            dit.step_by_layer = self._replayed.step  # type: ignore[method-assign]
+            self._replayed.forget()
+            self._replayed = None
         for part, staying in self._stay.items():
             # As many as the new plan says, and of those that are there: nothing comes back where room is short.
             there = sorted(staying)

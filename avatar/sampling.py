@@ -249,11 +249,16 @@ def advance(
 
 
 def in_lockstep(passes: Sequence[Pass], enter: Enter | None = None) -> list[Tensor]:
-    """The results of passes over the same layers: all are through a layer before any enters the next."""
+    """The results of passes over the same layers: all are through a layer before any enters the next.
+
+    One that takes all its layers at once is through before the others.
+    """
     results: dict[int, Tensor] = {}
     turns = [next(running) for running in passes]
     while len(results) < len(passes):
         for number, running in enumerate(passes):
+            if number in results:
+                continue
             if enter is not None:
                 enter(turns, number)
             try:

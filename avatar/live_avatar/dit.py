@@ -35,8 +35,25 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 None: only the keys and values were wanted, the block ends here.
 """
 
-TextKV = list[tuple[Tensor, Tensor]]
-"""Keys and values of the prompt, [B, text_len, heads, dim], one pair per block; empty where text is off."""
+
+class Text(NamedTuple):
+    """Keys and values of the prompt in one block, [B, M, heads, dim].
+
+    The last token is the padding: it stands for `repeats` equal ones, text_len in all.
+    """
+
+    k: Tensor
+    v: Tensor
+    repeats: int = 1
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all text_len tokens."""
+        k, v = (torch.cat([x, x[:, -1:].expand(-1, self.repeats - 1, -1, -1)], dim=1) for x in (self.k, self.v))
+        return k, v
+
+
+TextKV = list[Text]
+"""One for each block; empty where text is off."""
 
 
 class ConfigMismatch(AvatardError):
@@ -207,13 +224,13 @@ class Block(nn.Module):
         h = (self.norm(x) * (1 + m.scale_sa) + m.shift_sa).to(x.dtype)
         return self.self_attn.queries(h), *self.self_attn.keys_values(h)
 
-    def finish(self, x: Tensor, attended: Tensor, m: Modulation, text: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, m: Modulation, text: Text | None = None) -> Tensor:
         """The rest of the block. x: [B, N, D] as it came in; attended: [B, N, heads, dim]; text: the prompt's k, v."""
         dtype = x.dtype
         x = x + self.self_attn.output(attended) * m.gate_sa
         if text is not None:
             # The stream is rounded in front of this norm, and not in front of the next.
-            x = x + self.cross_attn(self.norm3(x.to(dtype)), *text)
+            x = x + self.cross_attn(self.norm3(x.to(dtype)), *text.padded())
         h = (self.norm(x) * (1 + m.scale_ffn) + m.shift_ffn).to(dtype)
         return (x + self.ffn(h) * m.gate_ffn).to(dtype)
 
@@ -222,9 +239,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(x, self.modulate(e0))
         return (q, k, v) if rope is None else (apply_rope(q, rope), apply_rope(k, rope), v)
 
-    def after_attention(
-        self, x: Tensor, attended: Tensor, e0: Tensor, text: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def after_attention(self, x: Tensor, attended: Tensor, e0: Tensor, text: Text | None = None) -> Tensor:
         """x: [B, N, D] as it came in; attended: [B, N, heads, dim]; text: the prompt's k, v -> [B, N, D]."""
         return self.finish(x, attended, self.modulate(e0), text)
 
@@ -233,7 +248,7 @@ class Block(nn.Module):
         x: Tensor,
         e0: Tensor,
         attend: Attend,
-        text: tuple[Tensor, Tensor] | None = None,
+        text: Text | None = None,
         rope: Tensor | None = None,
     ) -> Tensor:
         """x: [B, N, D]; attend: where the queries look, and what is remembered of the keys."""
@@ -407,13 +422,15 @@ class CausalDiT(nn.Module):
     def encode_text(self, features: Tensor) -> TextKV:
         """Features of the prompt [B, len <= text_len, text_dim] -> its keys and values in every block.
 
-        The prompt is padded with zeros to text_len; the padding is attended like the rest, as it was in training.
+        The prompt is padded with zeros to text_len; the padding is attended like the rest, as it was in training. All
+        of it is the same, so one token of it is kept.
         """
         if not self.config.text_dim:
             return []
-        features = F.pad(features.to(self.dtype), (0, 0, 0, self.config.text_len - features.shape[1]))
-        text = self.text_embedding(features)
-        return [block.cross_attn.keys_values(text) for block in self.blocks]
+        missing = self.config.text_len - features.shape[1]
+        text = self.text_embedding(F.pad(features.to(self.dtype), (0, 0, 0, min(missing, 1))))
+        made = (block.cross_attn.keys_values(text) for block in self.blocks)
+        return [Text(k, v, max(missing, 1)) for k, v in made]
 
     def encode_audio(self, features: Tensor) -> AudioTokens:
         """Speech features of one block [A, layers, channels, video frames] -> tokens of its latent frames.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from avatar.live_avatar.dit import Block, CausalDiT
 from avatar.live_avatar.generator import LATENTS_PER_BLOCK, LiveAvatar
 from avatar.live_avatar.vae import WanVae, decode_onward
 from avatar.quantize import join, quantize_linears
+
+if TYPE_CHECKING:  # it takes Triton, which is where there is a GPU
+    from avatar.live_avatar.replayed import ReplayedStep
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,16 @@ def fuse(dit: CausalDiT) -> None:
 
     dit.joined = dit.joined or [joined(block) for block in dit.blocks]
     dit.step_by_layer = FusedStep(dit)  # type: ignore[method-assign]
+
+
+def replay_steps(dit: CausalDiT) -> ReplayedStep:
+    """The kernels of a step as CUDA graphs: `avatar.live_avatar.replayed`. After `fuse`, where all of it stays on the
+    device; when something is about to leave, put the `step` of what this gives back in its place."""
+    from avatar.live_avatar.replayed import ReplayedStep
+
+    replayed = ReplayedStep(dit.step_by_layer)  # type: ignore[arg-type]
+    dit.step_by_layer = replayed  # type: ignore[method-assign]
+    return replayed
 
 
 def compile_transformer(dit: CausalDiT) -> None:

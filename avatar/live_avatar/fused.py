@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avatar.attention import attention
-from avatar.cache import Conditioning, KVCache, store
-from avatar.kernels import Norm, Rounded, gelu, residual_norm, rotate, split_heads
+from avatar.cache import Conditioning, KVCache
+from avatar.kernels import Norm, Rounded, attend_few, gelu, residual_norm, rotate, split_heads
 from avatar.live_avatar.audio_encoder import AudioTokens
-from avatar.live_avatar.dit import Attention, Block, CausalDiT, Injection, TextKV
+from avatar.live_avatar.dit import Attention, Block, CausalDiT, Injection, Text, TextKV
 from avatar.quantize import Float8Linear
 from avatar.sampling import Pass
 
@@ -48,12 +48,33 @@ class FusedStep:
         if len(x) != 1:
             raise ValueError(f"a batch of {len(x)}: the fused step takes one session")
         frames, rows, columns = x.shape[2], x.shape[3] // 2, x.shape[4] // 2
-        e, e0 = time
         rope = dit.block_rope(f0, frames, rows, columns, x.device)
         if cache.reference_position != reference_position:
-            self.move_reference(cache, conditioning, reference_position)
-        modulations = (self.modulations + e0)[:, :, None]
+            self.move_reference(cache, conditioning, dit.reference_rope(conditioning, reference_position))
+            cache.reference_position = reference_position
         start = f0 * rows * columns
+        return self.layers(x, time, conditioning, text, audio, cache, rope, start, pose, mask)
+
+    def layers(
+        self,
+        x: Tensor,
+        time: tuple[Tensor, Tensor],
+        conditioning: Conditioning,
+        text: TextKV,
+        audio: list[Injection | AudioTokens],
+        cache: KVCache,
+        rope: Tensor,
+        start: int,
+        pose: Tensor | None,
+        mask: Tensor | None,
+    ) -> Pass:
+        """The step itself: what it does on the host depends on where the block lies in the ring, and nothing else.
+
+        rope: the rotations of the block's tokens; start: index of its first token. The reference is where it should be.
+        """
+        dit, (e, e0) = self.dit, time
+        rows, columns = x.shape[3] // 2, x.shape[4] // 2
+        modulations = (self.modulations + e0)[:, :, None]
         x = dit.embed(x, pose)[0]
         _, h = residual_norm(x, norm=self.first_norm(0, modulations), float8=self.float8)
         turn = dit.turn(cache, conditioning, start, len(x))
@@ -96,7 +117,7 @@ class FusedStep:
         rope: Tensor,
         cache: KVCache,
         start: int,
-        text: tuple[Tensor, Tensor] | None,
+        text: Text | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: [N, D] as it came in; h: x normed; modulation: [6, 1, D].
 
@@ -118,12 +139,12 @@ class FusedStep:
             text_norm = Norm(block.norm3.weight[None], block.norm3.bias[None], eps, unit=False)
             r, h = residual_norm(x, y, gate_sa, torch.float32, text_norm, self.float8)
             r, h = residual_norm(r, self.cross(block.cross_attn, h, *text), None, torch.float32, norm, self.float8)
-        return r, product(block.ffn[2], gelu(product(block.ffn[0], h), self.float8)), gate_ffn
+        return r, product(block.ffn[2], product_gelu(block.ffn[0], h)), gate_ffn
 
-    def cross(self, layer: Attention, h: Tensor | Rounded, k: Tensor, v: Tensor) -> Tensor:
-        """h: the normed rows [batch * N, D]; k, v: [batch, M, heads, dim]."""
+    def cross(self, layer: Attention, h: Tensor | Rounded, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
+        """h: the normed rows [batch * N, D]; k, v: [batch, M, heads, dim]; repeats: how often the last of M counts."""
         q = rotate(product(layer.q, h), None, layer.norm_q.weight, layer.norm_q.eps)
-        attended = attention(q.view(len(k), -1, *k.shape[2:]), k, v)
+        attended = attend_few(q.view(len(k), -1, *k.shape[2:]), k, v, repeats)
         return product(layer.o, self.rounded(attended))
 
     def rounded(self, attended: Tensor) -> Tensor | Rounded:
@@ -131,17 +152,22 @@ class FusedStep:
         rows = attended.flatten(2).flatten(0, 1)
         return residual_norm(rows, float8=True)[1] if self.float8 else rows
 
-    def move_reference(self, cache: KVCache, conditioning: Conditioning, position: int) -> None:
-        """As `KVCache.move_reference`."""
-        table = self.dit.reference_rope(conditioning, position)
+    def move_reference(self, cache: KVCache, conditioning: Conditioning, table: Tensor) -> None:
+        """Rotate the reference frame's keys by that table, in place; as `KVCache.move_reference`."""
         for layer, k in enumerate(conditioning.keys):
             if layer in cache.away:
                 continue
             # Rounded as rings are that come from the host: to the type of the stream first.
-            store(rotate(k[0].flatten(1), table).view(k.shape), cache.keys[layer][:, : k.shape[1]])
-        cache.reference_position = position
+            rotate(k[0].flatten(1), table, out=cache.keys[layer][0, : k.shape[1]])
 
 
 def product(layer: nn.Module, x: Tensor | Rounded) -> Tensor:
     """A linear layer of rows, 8-bit or not."""
     return layer.product(*x) if isinstance(x, Rounded) else F.linear(x, layer.weight, layer.bias)
+
+
+def product_gelu(layer: nn.Module, x: Tensor | Rounded) -> Tensor | Rounded:
+    """GELU (tanh approximation) of a linear layer of rows; rounded to 8 bits, if those are."""
+    if isinstance(x, Rounded):
+        return gelu(layer.product(*x))
+    return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)

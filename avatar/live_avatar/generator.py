@@ -371,9 +371,10 @@ class LiveAvatar:
             frames_per_block=FRAMES_PER_BLOCK,
             lookahead_samples=speech.lookahead_samples,
         )
-        # Until its window is full the speech encoder has another shape for each block, and no graph.
+        # Until its window is full the speech encoder has another shape for each block, and no graph. A step has one
+        # for each place in the ring, from the second time on that it comes there.
         window = math.ceil(speech.past_samples / self.spec.samples_per_block)
-        settled = max(self.options.ring_blocks, window) + self.options.passes
+        settled = max(2 * self.options.ring_blocks + 1, window) + self.options.passes
         self.spec = replace(self.spec, settled_after=settled)
 
     # What it takes.
@@ -421,7 +422,8 @@ class LiveAvatar:
             dit = build_dit(config).to(self.dit.dtype)
             dit.float8_cache = self.dit.float8_cache
             latent = torch.empty(1, LATENT_CHANNELS, 1, h, w)
-            text = dit.encode_text(torch.empty(1, 1, config.text_dim))
+            # Of the longest prompt: which it will be is not known.
+            text = dit.encode_text(torch.empty(1, config.text_len, config.text_dim))
             conditioning = dit.prefill(latent, latent if config.enable_framepack else None, text)
             ring_frames = LATENTS_PER_BLOCK * self.options.ring_blocks
             caches = [dit.new_cache(conditioning, ring_frames) for _ in range(self.options.passes)]

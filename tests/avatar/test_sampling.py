@@ -189,3 +189,12 @@ def test_passes_go_through_a_layer_together() -> None:
     assert told == [(0, [0, 0]), (1, [1, 0]), (0, [1, 1]), (1, [2, 1]), (0, [2, 2]), (1, [2, 2]), (2, [2, 2])]
     assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert [result.item() for result in results] == [3, 3]
+
+
+def test_a_pass_may_be_through_before_the_others() -> None:
+    def layers(count: int) -> Pass:
+        for i in range(count):
+            yield Turn(i, KVCache([], [], 0), Conditioning([], [], [], 0, 0), None, 0, 0)
+        return torch.tensor(count)
+
+    assert [result.item() for result in in_lockstep([layers(1), layers(3), layers(2)])] == [1, 3, 2]

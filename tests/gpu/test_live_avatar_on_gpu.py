@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from audio.chunk import AudioBlock
 from avatar.attention import attention
 from avatar.cache import Conditioning, KVCache
 from avatar.compile import replay
+from avatar.demand import Schedule
 from avatar.float8 import FLOAT8
 from avatar.live_avatar import fast
 from avatar.live_avatar.dit import CausalDiT, DiTConfig
@@ -20,6 +22,7 @@ from avatar.live_avatar.generator import LiveAvatar, Options, random_live_avatar
 from avatar.model import Reference
 from avatar.quantize import Float8Linear
 from avatar.sampling import denoise_block, reference_position, sigmas, step_modulations
+from avatar.stateful import clone, restore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -75,14 +78,24 @@ def test_a_stream_is_that_of_the_reference(golden: Any) -> None:
             torch.testing.assert_close(x[0], tensors[f"x_out.clip{clip}"][:, here], rtol=0, atol=5e-4)
 
 
-def run(*changes: Any, dtype: torch.dtype = torch.bfloat16, blocks: int = 4) -> list[Tensor]:
-    """Latents of some blocks."""
-    model = random_live_avatar(OPTIONS, CONFIG, dtype=torch.bfloat16, device="cuda", vae_width=16, speech_layers=1)
+PICTURE = np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8)
+
+
+def made(*changes: Any, dtype: torch.dtype = torch.bfloat16, schedule: Schedule = Schedule.SEQUENTIAL) -> LiveAvatar:
+    options = replace(OPTIONS, schedule=schedule, clip_blocks=4)
+    model = random_live_avatar(options, CONFIG, dtype=torch.bfloat16, device="cuda", vae_width=16, speech_layers=1)
     model.dit.to(dtype)
     for change in changes:
         change(model)
-    state = model.start(Reference(np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8), seed=1))
-    return [model.denoise(state, sound(i)) for i in range(blocks)]
+    return model
+
+
+def run(*changes: Any, dtype: torch.dtype = torch.bfloat16, blocks: int = 4, **how: Any) -> list[Tensor]:
+    """Latents of some blocks."""
+    model = made(*changes, dtype=dtype, **how)
+    state = model.start(Reference(PICTURE, seed=1))
+    latents = [model.denoise(state, sound(i)) for i in range(blocks)]
+    return [latent for latent in latents if latent is not None]
 
 
 def sound(i: int) -> AudioBlock:
@@ -124,19 +137,61 @@ def test_the_fused_step_is_as_near_as_the_plain_one(changes: Any) -> None:
     assert fast_ < 1.2 * plain
 
 
+def replayed(model: LiveAvatar) -> None:
+    fast.replay_steps(model.dit)
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("changes", [(fused,), (float8, attention8, fused)])
+def test_a_replayed_step_is_the_fused_one_to_the_bit(changes: Any, schedule: Schedule) -> None:
+    plain, ours = (run(*both, blocks=12, schedule=schedule) for both in (changes, (*changes, replayed)))
+    assert len(plain) == len(ours)
+    assert all(map(torch.equal, plain, ours))
+
+
+def test_streams_beside_each_other_and_rewound_ones_are_replayed_right() -> None:
+    wanted = [run(fused, blocks=10)]
+    model = made(fused, replayed)
+    streams = [model.start(Reference(PICTURE, seed=1)) for _ in range(2)]
+    ours = [[model.denoise(state, sound(i)) for state in streams] for i in range(10)]
+    assert all(torch.equal(one, alone) and torch.equal(other, alone) for (one, other), alone in zip(ours, *wanted))
+    saved = clone(streams[0])
+    # A copy: what a stream remembers of its blocks is what it gave.
+    once = [model.denoise(streams[0], sound(i)).clone() for i in range(10, 14)]
+    restore(streams[0], saved)
+    assert all(torch.equal(model.denoise(streams[0], sound(i)), once[i - 10]) for i in range(10, 14))
+    graphs = model.dit.step_by_layer._kept
+    assert sum(map(len, graphs.values())) >= 2 * OPTIONS.ring_blocks * OPTIONS.passes
+    model.dit.step_by_layer.forget()
+    assert torch.equal(model.denoise(streams[1], sound(10)), once[0])
+
+
+@pytest.mark.parametrize(
+    ("batch", "keys", "repeats"), [(1, 65, 448), (1, 512, 1), (3, 5, 1), (1, 64, 2), (1, 200, 313)]
+)
+def test_attention_to_few_keys_counts_the_last_as_often_as_it_stands_for(batch: int, keys: int, repeats: int) -> None:
+    from avatar.kernels import attend_few  # it takes Triton
+
+    torch.manual_seed(0)
+    q = torch.randn(batch, 100, 4, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, keys, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k_all, v_all = (torch.cat([x, x[:, -1:].expand(-1, repeats - 1, -1, -1)], 1).float() for x in (k, v))
+    assert apart(attend_few(q, k, v, repeats), attention(q.float(), k_all, v_all)) < 0.006
+
+
 @pytest.mark.parametrize(("queries", "blocks"), [(96, 1), (96, 2), (96, 5), (64, 3), (100, 2)])
 def test_attention_in_eight_bits_is_that_of_the_rounded_numbers(queries: int, blocks: int) -> None:
     torch.manual_seed(0)
-    made = [torch.randn(1, 40, 3, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    given_by = [torch.randn(1, 40, 3, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     n = 4 * (queries // 12)
-    given = Conditioning([made[0][:, :n]], [made[0][:, n:]], [made[1]], 4, queries // 12)
+    given = Conditioning([given_by[0][:, :n]], [given_by[0][:, n:]], [given_by[1]], 4, queries // 12)
     cache = KVCache.empty(given, 6, float8=True)
     cache.keys[0].copy_(torch.full_like(cache.keys[0], 100, dtype=torch.bfloat16))
     for block in range(blocks):
         tokens = 3 * given.tokens_per_frame
         k, v = (torch.randn(1, tokens, 3, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         keys, values = cache.append(0, k, v, block * tokens)
-    cache.keys[0][:, :40], cache.values[0][:, :40] = made[0].to(FLOAT8), made[1].to(FLOAT8)
+    cache.keys[0][:, :40], cache.values[0][:, :40] = given_by[0].to(FLOAT8), given_by[1].to(FLOAT8)
     q = torch.randn(1, queries, 3, 128, device="cuda", dtype=torch.bfloat16)
     exact = attention(q.to(FLOAT8).float(), keys.float(), values.float())
     assert apart(attention(q, keys, values), exact) < 0.04

@@ -145,7 +145,11 @@ def test_prefill_follows_the_reference_layer_by_layer(main: CausalDiT, trace: di
     first = {"self_attn": "blocks.0.self_attn.o", "cross_attn": "blocks.0.cross_attn", "ffn": "blocks.0.ffn"}
     recorder = Recorder(main, "text_embedding", *blocks, *first.values())
     text = main.encode_text(trace["context"][None])
-    close(recorder.take("text_embedding")[:, :20], trace["prefill.text_embedding"])
+    # All of the padding is one token here.
+    embedded, theirs = recorder.take("text_embedding"), trace["prefill.text_embedding"]
+    length = min(embedded.shape[1], theirs.shape[1])
+    close(embedded[:, :length], theirs[:, :length])
+    close(embedded[:, -1:].expand(-1, theirs.shape[1] - length, -1), theirs[:, length:])
     main.prefill(trace["ref_latents"], trace["motion_latents"], text)
     # The last block ends with its keys and values: nothing else of it is ever used.
     for i in range(5):

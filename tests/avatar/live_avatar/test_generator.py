@@ -388,7 +388,9 @@ def test_the_seam_of_a_resumed_session_is_small(networks, speech, picture):
     ],
 )
 def test_planned_bytes_are_allocated_bytes_and_stay_so(narrow, speech, picture, changes):
-    model = LiveAvatar(*narrow, speech, GivenPrompt(CONTEXT), replace(SMALL, **changes))
+    # What is planned is room for the longest prompt.
+    longest = torch.randn(narrow[0].config.text_len, 64)
+    model = LiveAvatar(*narrow, speech, GivenPrompt(longest), replace(SMALL, **changes))
     state = model.start(Reference(picture))
     planned = sum(part.session_bytes for part in model.parts())
     full = model.options.ring_blocks + SEAM_BLOCKS
