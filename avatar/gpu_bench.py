@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from torch import Tensor
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
 from avatar.attention import attention
+from avatar.cache import empty_keys, empty_values, store
 from avatar.cards import device_seconds
 from avatar.demand import Schedule
 from avatar.live_avatar import fast
@@ -44,10 +46,14 @@ from avatar.live_avatar.generator import FRAMES_PER_BLOCK, LATENTS_PER_BLOCK, Li
 from avatar.model import Reference
 from avatar.offload import stream_layers, stream_rings
 from avatar.place import Wish, choose
+from avatar.placement import Precision
 from avatar.quantize import quantize
 from avatar.sampling import denoise_block, sigmas, step_modulations
 
 SAMPLES = 7_680
+
+PROMPT = 65
+"""Tokens of the random prompt, the padding counted as the one that it is."""
 
 
 MODES: dict[str, Callable[[LiveAvatar], Any]] = {
@@ -84,6 +90,7 @@ class Ceilings:
     bf16: float
     float8: float
     attention: float
+    attention8: float
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,12 @@ class Work:
         dim, layers, injectors = config.dim, config.num_layers, len(config.audio_inject_layers)
         block = 12 * dim**2 + 4 * dim * config.ffn_dim
         matrices = queries * (layers * block + injectors * 4 * dim**2)
-        attended = 4 * queries * dim * (layers * (keys + config.text_len) + injectors * (config.num_audio_token + 1))
+        attended = 4 * queries * dim * (layers * (keys + PROMPT) + injectors * (config.num_audio_token + 1))
         return cls(matrices / 1e12, attended / 1e12)
 
-    def floor_ms(self, ceilings: Ceilings, float8: bool) -> float:
-        return 1e3 * (
-            self.matrices / (ceilings.float8 if float8 else ceilings.bf16) + self.attention / ceilings.attention
-        )
+    def floor_ms(self, ceilings: Ceilings, float8: bool, attention8: bool) -> float:
+        matrices = self.matrices / (ceilings.float8 if float8 else ceilings.bf16)
+        return 1e3 * (matrices + self.attention / (ceilings.attention8 if attention8 else ceilings.attention))
 
 
 def tokens(options: Options) -> tuple[int, int, int]:
@@ -126,12 +132,17 @@ def measure_ceilings(config: DiTConfig, options: Options) -> Ceilings:
     float8 = work / held(
         lambda: torch._scaled_mm(qa, qb.t(), scale_a=sa, scale_b=sb.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
     )
-    heads = config.num_heads
+    heads, work = config.num_heads, 4 * queries * keys * config.dim / 1e12
     q = torch.randn(1, queries, heads, config.head_dim, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(1, heads, keys, config.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    rates = []
     with torch.no_grad():
-        attended = held(lambda: attention(q, k.transpose(1, 2), v.transpose(1, 2)))
-    return Ceilings(bf16, float8, 4 * queries * keys * config.dim / 1e12 / attended)
+        for in_8_bits in (False, True):
+            given = torch.randn(1, keys, heads, config.head_dim, device="cuda", dtype=torch.bfloat16)
+            k, v = empty_keys(given, keys, in_8_bits), empty_values(given, keys, in_8_bits)
+            store(given, k)
+            store(given.flip(1), v)
+            rates.append(work / held(partial(attention, q.to(k.dtype), k, v)))
+    return Ceilings(bf16, float8, *rates)
 
 
 def held(call: Callable[[], Any], seconds: float = 1.0) -> float:
@@ -262,13 +273,20 @@ def speed_case(mode: str, options: Options, blocks: int, profiled: bool) -> dict
     apply(mode, model)
     with torch.no_grad():
         result = speed(model, blocks, profiled)
-    ceilings = measure_ceilings(model.dit.config, options)
-    floor = Work.of(model.dit.config, options).floor_ms(ceilings, "float8" in mode)
+    config = model.dit.config
+    del model
+    forget()
+    beside = beside_floor(result["step_ms"], config, options, "float8" in mode, "attention8" in mode)
+    return {**result, "load_s": round(loaded - began, 2), **beside}
+
+
+def beside_floor(step_ms: float, config: DiTConfig, options: Options, float8: bool, attention8: bool) -> dict[str, Any]:
+    """A step beside what its operations take at the rates that this card holds now."""
+    ceilings = measure_ceilings(config, options)
+    floor = Work.of(config, options).floor_ms(ceilings, float8, attention8)
     return {
-        **result,
-        "load_s": round(loaded - began, 2),
         "floor_step_ms": round(floor, 1),
-        "step_over_floor": round(result["step_ms"] / floor, 3),
+        "step_over_floor": round(step_ms / floor, 3),
         "ceilings_tflops": {name: round(value) for name, value in vars(ceilings).items()},
     }
 
@@ -340,7 +358,7 @@ def host_bytes() -> int:
         return int(file.read().split()[1]) * 4096
 
 
-def planned_case(name: str, seconds: float, ram: str = "") -> dict[str, Any]:
+def planned_case(name: str, seconds: float, ram: str = "", profiled: bool = False) -> dict[str, Any]:
     """The case as `avatar.place` would run it: what it planned, and what happened."""
     case, began = CASES[name], time.perf_counter()
     device = torch.device("cuda", 0)
@@ -354,13 +372,18 @@ def planned_case(name: str, seconds: float, ram: str = "") -> dict[str, Any]:
         model = random_live_avatar(options, device=device, places=places)
         torch.cuda.synchronize()
         load_s = time.perf_counter() - began
-        result = speed(model, max(6, round(seconds / 0.48)))
-    plan = places.placement
+        result = speed(model, max(6, round(seconds / 0.48)), profiled)
+    plan, config = places.placement, model.dit.config
     planned = max(plan.devices[0].peak_bytes, plan.devices[0].start_peak_bytes)
-    peak = usage.device
+    peak, reserved = usage.device, torch.cuda.max_memory_reserved()
+    del model, places
+    forget()
+    in_8_bits = plan.weights is Precision.FP8, plan.cache is Precision.FP8
+    together = options.passes if options.schedule is Schedule.WAVEFRONT else 1
     return {
         "mode": plan.mode,
         **result,
+        **beside_floor(result["step_ms"] / together, config, options, *in_8_bits),
         "load_s": round(load_s, 2),
         "goal_fps": case.goal,
         "plan_fps": round(plan.fps, 2),
@@ -368,7 +391,7 @@ def planned_case(name: str, seconds: float, ram: str = "") -> dict[str, Any]:
         "plan_peak_gib": round(planned / 2**30, 2),
         "peak_gib": round(peak / 2**30, 2),
         "plan_peak_over_measured": round(planned / peak, 3),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "reserved_gib": round(reserved / 2**30, 2),
         "used_before_gib": round(usage.before / 2**30, 2),
         "host_peak_gib": round(usage.host / 2**30, 2),
         "seconds_planned": {key: round(value, 4) for key, value in vars(plan.devices[0].seconds).items()},
@@ -519,7 +542,8 @@ def main(arguments: list[str]) -> None:
     width, height = map(int, chosen.size.split("x"))
     options = Options(width=width, height=height, steps=chosen.steps, merge_last_step=chosen.merge)
     if chosen.what == "plan":
-        print(json.dumps({"case": chosen.cases, **planned_case(chosen.cases, chosen.seconds, chosen.ram)}), flush=True)
+        found = planned_case(chosen.cases, chosen.seconds, chosen.ram, chosen.profile)
+        print(json.dumps({"case": chosen.cases, **found}), flush=True)
         return
     if chosen.what == "same":
         with torch.no_grad():
@@ -529,7 +553,8 @@ def main(arguments: list[str]) -> None:
         for name in chosen.cases.split(","):
             # A process each: what one leaves behind, in memory and in caches, is nothing to the next.
             command = [sys.executable, "-m", "avatar.gpu_bench", "plan", "--cases", name]
-            subprocess.run([*command, "--seconds", str(chosen.seconds), "--ram", chosen.ram], check=False)
+            command += ["--seconds", str(chosen.seconds), "--ram", chosen.ram, *["--profile"] * chosen.profile]
+            subprocess.run(command, check=False)
         return
     modes = chosen.modes.split(",")
     case = {"size": chosen.size, "steps": chosen.steps - chosen.merge}
