@@ -23,6 +23,7 @@ from service.batch import Halted, Workers, attempt
 from service.batch_plan import OWN_FOLDER, BatchError
 from service.run import Stopped, engine_settings
 from streaming.engine import Engine
+from streaming.engine_process import import_path
 
 if TYPE_CHECKING:
     from service.config import Settings
@@ -290,12 +291,11 @@ def _connect(address: str) -> None:
     _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address == "local":
-            ray.init("local", include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **options)
+            environment = {"env_vars": {"PYTHONPATH": import_path()}}
+            ray.init("local", include_dashboard=False, runtime_env=environment, **options)
         else:
             ray.init(address, **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:

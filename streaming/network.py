@@ -30,6 +30,7 @@ from av.packet import Packet
 from av.stream import Stream
 
 from audio.urls import blanked, redacted
+from streaming.engine_process import import_path
 from streaming.muxer import FLV, MPEGTS, ByteBuffer, Muxer, length_s
 from streaming.sink import SinkError, TargetAbsent, TargetRefused, reason
 
@@ -48,7 +49,6 @@ HANDSHAKE = 1536
 CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem")
 """Where systems keep the certificates that they trust, beside where Python's OpenSSL was told to look."""
 
-ROOT = str(Path(__file__).resolve().parent.parent)
 
 STALL_SLICES = 4
 
@@ -207,7 +207,6 @@ class NetworkSink:
         return options
 
     async def _spawn(self) -> None:
-        path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-P", "-m", "streaming.publish"),
@@ -215,7 +214,7 @@ class NetworkSink:
             stdout=asyncio.subprocess.PIPE,
             # A traceback could quote the URL.
             stderr=asyncio.subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": import_path()},
             # Ctrl-C is for us: the connection ends with a goodbye.
             start_new_session=True,
         )

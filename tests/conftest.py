@@ -25,6 +25,8 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=SYSTEM_PATH)
 
 
+# Before pytest-xdist looks for groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers a module stays with one of them, and what is on the clock goes one after another there."""
     for item in items:
