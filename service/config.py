@@ -111,8 +111,8 @@ class LimitsSection(_Section):
 
     on_hangup = True
 
-    audio_hours: float = Field(24.0, gt=0, description="hours of sound in one file")
-    picture_megapixels: float = Field(80.0, gt=0, description="millions of pixels in one picture")
+    audio_hours: float = Field(24.0, gt=0, le=100_000, description="hours of sound in one file")
+    picture_megapixels: float = Field(80.0, gt=0, le=10_000, description="millions of pixels in one picture")
 
 
 class DaemonSection(_Section):

@@ -38,8 +38,9 @@ from streaming.pacing import Pacer
 
 log = logging.getLogger(__name__)
 
-MEASURED_BLOCKS = 3
-"""Blocks of silence made before going on air, after those with which a model settles, to know what a block takes."""
+MEASURED_BLOCKS = 5
+"""Blocks of silence made before going on air, after those with which a model settles, to know what a block takes: with
+the first of them it may still be found how many threads it takes."""
 
 RECENT_STEPS = 20
 MARGIN_S = 0.02

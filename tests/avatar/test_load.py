@@ -87,13 +87,14 @@ def test_without_a_number_there_is_a_thread_for_each_core(monkeypatch, given):
 @pytest.mark.parametrize(
     ("taken", "all_of_them"),
     [
-        ((3.0, 0.5, 0.2), False),
-        ((3.0, 0.5, 0.4), True),
-        ((3.0, 0.5, 0.4, 0.35, 0.1), True),
-        ((3.0, 0.5, 0.4, 0.39), False),
-        ((3.0, 0.5, 0.2, 0.4, 0.4), False),
+        ((3.0, 0.5, 0.2, 0.2), False),
+        ((3.0, 0.5, 0.4, 0.4), True),
+        ((3.0, 0.5, 0.4, 0.4, 0.6, 0.35, 0.3, 0.1), True),
+        ((3.0, 0.5, 0.4, 0.4, 0.6, 0.5, 0.35), True),
+        ((3.0, 0.5, 0.4, 0.4, 0.3, 0.39, 0.4), False),
+        ((3.0, 0.5, 0.9, 0.2, 0.4, 0.4, 0.4), False),
     ],
-    ids=["fast enough", "too slow", "faster with all", "all are no faster", "slow only later"],
+    ids=["fast enough", "too slow", "faster with all", "slow at first", "all are no faster", "slow only once"],
 )
 def test_on_air_a_core_is_left_to_the_encoder_where_the_model_can_spare_it(monkeypatch, taken, all_of_them):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})

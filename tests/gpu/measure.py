@@ -56,7 +56,7 @@ TASKS = {
         280,
     ),
     "same": Task(f"{BENCH} same --modes bf16+fused,float8+attention8+fused", 100),
-    "tests": Task(f"{PYTHON} -m pytest -q -m gpu -p no:cacheprovider tests/gpu", 60),
+    "tests": Task(f"{PYTHON} -m pytest -q -m gpu -p no:cacheprovider tests/gpu", 80),
 }
 
 
