@@ -29,6 +29,7 @@ class StreamSpec:
     lookahead_samples is how much sound after a block's end the model wants to hear before it makes the block; it
     arrives in `AudioBlock.ahead`. Frame i of the stream is shown at i / fps seconds of sound, whatever the lookahead.
     After the first settled_after blocks, which fill windows and caches, each takes as long as any later one.
+    half_rate: the model is `HalfRate`.
     """
 
     width: int
@@ -38,6 +39,7 @@ class StreamSpec:
     sample_rate: int = 16_000
     lookahead_samples: int = 0
     settled_after: int = 2
+    half_rate: bool = False
 
     def __post_init__(self) -> None:
         if self.sample_rate % self.fps:
@@ -127,6 +129,15 @@ class Piecewise(Protocol):
 
         `state` is advanced, in place, once the last part was taken: the iterator has to be exhausted.
         """
+        ...
+
+
+@runtime_checkable
+class HalfRate(Protocol):
+    """What a model has beside its four calls when half of the pictures are much less work."""
+
+    def step_at_half_rate(self, state: State, audio: AudioBlock) -> list[FrameBlock]:
+        """As `step`, but of the pictures the first, the third, and so on, each of them twice; `state` is the same."""
         ...
 
 

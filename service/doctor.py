@@ -374,7 +374,10 @@ def _speed(settings: Settings, run: Run) -> Iterator[Finding]:
         return
     found = f"pocket takes {taken:.0f} ms for a block of {POCKET_BLOCK_MS:.0f} ms"
     if taken > LIVE_SHARE * POCKET_BLOCK_MS:
-        mend = "files are made all the same; on air pictures will be held: more cores, or a processor with AVX512-BF16"
+        mend = (
+            "files are made all the same; on air every other picture is made, and some are held: more cores, or a "
+            "processor with AVX512-BF16"
+        )
         yield Finding("speed", "warning", found, mend)
     else:
         yield Finding("speed", "ok", found)

@@ -70,6 +70,7 @@ class LiveResult:
     frames: int
     seconds: float
     held: int
+    repeated: int
     skipped: int
     interruptions: int
     engine_restarts: int
@@ -222,6 +223,7 @@ class _Broadcast:
             frames=status.frames if status else 0,
             seconds=round(status.frames / fps, 3) if status else 0.0,
             held=status.held if status else 0,
+            repeated=status.repeated if status else 0,
             skipped=status.skipped if status else 0,
             interruptions=status.interruptions if status else 0,
             engine_restarts=engine.restarts,

@@ -129,6 +129,7 @@ class Metrics:
             for name, said in (
                 ("frames", "Frames sent by live sessions."),
                 ("held_frames", "Frames of them that were shown again, since there was no newer one."),
+                ("repeated_frames", "Frames of them shown a second time, since every other picture was made."),
                 ("skipped_blocks", "Blocks that were never made, since they would have come too late."),
                 ("interruptions", "Times a session was interrupted."),
                 ("slips", "Times a session's clock began anew after the process stood still."),
@@ -254,6 +255,7 @@ class Metrics:
         for name, key in (
             ("frames", "frames"),
             ("held_frames", "held"),
+            ("repeated_frames", "repeated"),
             ("skipped_blocks", "skipped"),
             ("interruptions", "interruptions"),
             ("slips", "slips"),
@@ -370,7 +372,7 @@ class _Seen:
         return now - before if now >= before else now
 
     def rate(self, now_s: float, status: Mapping[str, Any]) -> None:
-        new = _number(status.get("frames", 0)) - _number(status.get("held", 0))
+        new = _number(status.get("frames", 0)) - _number(status.get("held", 0)) - _number(status.get("repeated", 0))
         if self.at_s is not None and now_s - self.at_s < LOOK_EVERY_S / 2:
             return
         if self.at_s is not None:

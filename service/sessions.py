@@ -77,6 +77,7 @@ _NOT_YET = LiveStatus(
     speaking=False,
     frames=0,
     held=0,
+    repeated=0,
     skipped=0,
     ahead_s=0.0,
     step_s=0.0,
@@ -84,6 +85,7 @@ _NOT_YET = LiveStatus(
     skew_s=0.0,
     waiting_s=0.0,
     slips=0,
+    half_rate=False,
     interruptions=0,
     outputs=(),
 )

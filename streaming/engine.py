@@ -381,11 +381,13 @@ class EngineSession:
             await self.close()
             raise
 
-    async def step(self, audio: AudioBlock, on_frames: Callable[[FrameBlock], None] | None = None) -> list[FrameBlock]:
+    async def step(
+        self, audio: AudioBlock, on_frames: Callable[[FrameBlock], None] | None = None, half_rate: bool = False
+    ) -> list[FrameBlock]:
         """Advance by one block of sound; a step that is cancelled counts, and its frames are lost.
 
         on_frames: called with each part of the block as soon as it is there, where the model makes it in parts; with
-            what came before again, when the process dies on the way.
+            what came before again, when the process dies on the way. half_rate: see `avatar.model.HalfRate`.
         Raises: AvatardError, as the model said it, or ModelFailure: the session is where it was before the step;
         EngineError: the process died too often at this block, or will not be started again.
         """
@@ -395,7 +397,9 @@ class EngineSession:
             self.blocks = number + 1
             self._furthest = max(self._furthest, self.blocks)
             try:
-                blocks = await self._surely(number, lambda process: self._advance(process, "step", number, on_frames))
+                blocks = await self._surely(
+                    number, lambda process: self._advance(process, "step", number, on_frames, half_rate)
+                )
             except Exception:
                 self._sound.pop(number, None)
                 self.blocks = number
@@ -509,12 +513,14 @@ class EngineSession:
         op: str,
         number: int,
         on_frames: Callable[[FrameBlock], None] | None = None,
+        half_rate: bool = False,
     ) -> list[FrameBlock]:
         """Make that block: "step" gives its frames, "replay" none."""
         assert self._there is not None
         sound = self._sound[number]
         self._there.block = number + 1
-        header = {"op": op, "block": number, "pieces": on_frames is not None, **sound.header}
+        how = {"pieces": on_frames is not None, "half_rate": half_rate}
+        header = {"op": op, "block": number, **how, **sound.header}
         made = await self._ask(process, header, sound.samples, on_frames=on_frames)
         self._engine.steps += 1
         self._engine.step_s += made.seconds

@@ -7,7 +7,7 @@ is a JSON header and bytes:
     load     model size steps options live slots          ready   spec, load_s
     open     id session history shape prompt seed + image done    id seconds bytes
     step     id session block start valid samples pieces  block   id slot frames start    + sound; before its `done`
-             + sound
+             half_rate + sound
     replay   like step; its blocks are not sent           failed  id kind message trace; kind is user, bug or fault
     finish   id session
     rewind   id session block
@@ -43,7 +43,7 @@ import numpy as np
 
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
-from avatar.model import AvatarModel, FrameBlock, Piecewise, Reference, Resumable, State
+from avatar.model import AvatarModel, FrameBlock, HalfRate, Piecewise, Reference, Resumable, State
 
 HEAD = struct.Struct("<II")
 """Lengths in bytes of the JSON header and of what follows it."""
@@ -210,6 +210,8 @@ class Child:
         sound = np.frombuffer(body, np.float32)
         samples, ahead = sound[: header["samples"]], sound[header["samples"] :]
         audio = AudioBlock(samples, header["start"], header["valid"], ahead)
+        if header["half_rate"] and isinstance(self._model, HalfRate):
+            return self._model.step_at_half_rate(session.state, audio)
         if header["pieces"] and isinstance(self._model, Piecewise):
             return self._model.step_in_pieces(session.state, audio)
         return self._model.step(session.state, audio)

@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,6 +64,16 @@ HOLD_S = 1.0
 HOPE = 0.8
 """By how much less than usual a block is expected to take, for each in a row that was given up, five times at most."""
 
+CROWDED = 0.85
+"""Of its length a block may take before going on air: encoders, which work beside it then, need their part too."""
+
+LATE_BLOCKS, RECENT_BLOCKS = 5, 50
+"""Where so many of the last ones were given up, and a block takes too long, every other picture is made, if the model
+can do that."""
+
+CALM_BLOCKS, CALM_LOAD = 125, 0.5
+"""After so many blocks, twice as many after each time, that took no more than that of their length, all are again."""
+
 FAILURES = 3
 """Blocks in a row that the model may refuse, each time begun anew from its reference, before the session ends."""
 
@@ -77,7 +87,9 @@ class LiveModel(Protocol):
     spec: StreamSpec
     blocks: int
 
-    async def step(self, audio: AudioBlock, on_frames: Callable[[FrameBlock], None]) -> list[FrameBlock]: ...
+    async def step(
+        self, audio: AudioBlock, on_frames: Callable[[FrameBlock], None], half_rate: bool = False
+    ) -> list[FrameBlock]: ...
 
     async def rewind(self, block: int) -> None: ...
 
@@ -110,13 +122,15 @@ class LiveStatus:
     never made, since they would have come too late; ahead_s: from the last frame sent to the last one that is ready;
     step_s: a block takes the model, median of the last ones; load: that over a block's length, live needs less than 1;
     skew_s: length of the pictures sent less that of the sound sent; waiting_s: sound that waits for its turn;
-    slips: times the clock began anew after the process stood still.
+    slips: times the clock began anew after the process stood still; half_rate: the model makes every other picture now,
+    since it is too slow for all; repeated: frames that for this reason were the second showing of theirs.
     """
 
     on_air: bool
     speaking: bool
     frames: int
     held: int
+    repeated: int
     skipped: int
     ahead_s: float
     step_s: float
@@ -124,8 +138,36 @@ class LiveStatus:
     skew_s: float
     waiting_s: float
     slips: int
+    half_rate: bool
     interruptions: int
     outputs: tuple[LaneStatus, ...]
+
+
+class _Rate:
+    """Whether the model makes every picture or, where it is too slow for that, every other one."""
+
+    def __init__(self) -> None:
+        self.half = False
+        self._late: deque[bool] = deque(maxlen=RECENT_BLOCKS)
+        self._calm, self._needed = 0, CALM_BLOCKS
+
+    def halve(self) -> None:
+        self.half, self._calm = True, 0
+        self._late.clear()
+
+    def given_up(self) -> bool:
+        """A block came too late; whether there are too many of those."""
+        self._late.append(True)
+        return not self.half and sum(self._late) >= LATE_BLOCKS
+
+    def made(self, load: float) -> bool:
+        """A block was made, and took so much of its length; whether all pictures are made again from now on."""
+        self._late.append(False)
+        self._calm = self._calm + 1 if load <= CALM_LOAD else 0
+        if not self.half or self._calm < self._needed:
+            return False
+        self.half, self._needed = False, 2 * self._needed
+        return True
 
 
 @dataclass
@@ -143,6 +185,7 @@ class _Block:
     model: LiveModel | None = None
     settled: bool = False
     """Made, being made, or given up: the model need not look at it."""
+    half_rate: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +228,8 @@ class LiveSession:
         self._next_block = 0
         self._frame = 0
         self._on_air = self._speaking = self._at_work = False
-        self._held = self._skipped = self._given_up = self._interruptions = 0
+        self._held = self._repeated = self._skipped = self._given_up = self._interruptions = 0
+        self._rate = _Rate()
         self._played = 0
         self._sound_sent = 0
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -244,7 +288,9 @@ class LiveSession:
             speaking=self._speaking,
             frames=self._frame,
             held=self._held,
+            repeated=self._repeated,
             skipped=self._skipped,
+            half_rate=self._rate.half,
             ahead_s=self._ahead_s() if self._on_air else 0.0,
             step_s=step_s,
             load=step_s / block_s,
@@ -352,21 +398,13 @@ class LiveSession:
             self._early.add(chunk.samples, self._clock())
 
     async def _warm_up(self) -> None:
-        """Measure what a block takes, and say so when that is too long."""
+        """Measure what a block takes, make fewer pictures when that is too long, and say so."""
         spec = self._spec
-        for number in range(spec.settled_after + MEASURED_BLOCKS):
-            silence = AudioBlock(
-                np.zeros(spec.samples_per_block, np.float32),
-                self._model.blocks * spec.samples_per_block,
-                spec.samples_per_block,
-                np.zeros(spec.lookahead_samples, np.float32),
-            )
-            watch = _Stopwatch(self._clock, spec)
-            for made in await self._model.step(silence, watch.frames_came):
-                self._picture = made.frames[-1]
-            if number >= spec.settled_after:
-                self._note_step(watch)
-        typical = _quantile(self._steps, 0.5)
+        await self._measure(spec.settled_after + MEASURED_BLOCKS)
+        if self._crowded() and spec.half_rate:
+            self._halve()
+            await self._measure(MEASURED_BLOCKS)
+        typical = self._typical_s()
         if typical > spec.block_seconds:
             log.warning(
                 "too slow to be live: a block takes the model %.0f ms of the %.0f ms it lasts (%.1f of %d frames/s); "
@@ -374,6 +412,40 @@ class LiveSession:
                 *(1000 * typical, 1000 * spec.block_seconds, spec.frames_per_block / typical, spec.fps),
             )
             self._on_change("too slow")
+
+    async def _measure(self, blocks: int) -> None:
+        """Make so many of silence; the last ones are what a block takes."""
+        spec = self._spec
+        for number in range(blocks):
+            silence = AudioBlock(
+                np.zeros(spec.samples_per_block, np.float32),
+                self._model.blocks * spec.samples_per_block,
+                spec.samples_per_block,
+                np.zeros(spec.lookahead_samples, np.float32),
+            )
+            watch = _Stopwatch(self._clock, spec)
+            for made in await self._model.step(silence, watch.frames_came, self._rate.half):
+                self._picture = made.frames[-1]
+            if number >= blocks - MEASURED_BLOCKS:
+                self._note_step(watch)
+
+    def _halve(self) -> None:
+        """Have every other picture made from now on."""
+        log.warning(
+            "a block takes the model %.0f ms of the %.0f ms it lasts: every other picture is made, and shown twice",
+            *(1000 * self._typical_s(), 1000 * self._spec.block_seconds),
+        )
+        self._rate.halve()
+        self._forget_steps(min)
+        self._on_change("half rate")
+
+    def _forget_steps(self, kept: Callable[[Iterable[float]], float]) -> None:
+        """What blocks took that were made otherwise, but for one: what to expect until the next are made."""
+        for times in (self._steps, self._needs):
+            expected = kept(times)
+            times.clear()
+            times.append(expected)
+        self._given_up = 0
 
     async def _broadcast(self, stop: asyncio.Event) -> LiveStatus:
         spec = self._spec
@@ -509,12 +581,12 @@ class LiveSession:
                 continue
             block, model = self._blocks[index], self._model
             block.settled, block.number, block.model = True, model.blocks, model
-            block.heard = block.cut.audio
+            block.heard, block.half_rate = block.cut.audio, self._rate.half
             audio = dataclasses.replace(block.heard, start=model.blocks * self._spec.samples_per_block)
             watch = _Stopwatch(self._clock, self._spec, functools.partial(self._show, model))
             self._at_work = True
             try:
-                made = await model.step(audio, watch.frames_came)
+                made = await model.step(audio, watch.frames_came, block.half_rate)
             except Exception as error:
                 with contextlib.suppress(AvatardError):
                     await model.close()
@@ -538,6 +610,9 @@ class LiveSession:
                 await previous.model.close()
                 self._on_change("changed")
             self._note_step(watch)
+            if self._rate.made(self._typical_s() / self._spec.block_seconds):
+                self._forget_steps(max)
+                self._on_change("full rate")
 
     def _go_back(self, block: _Block) -> None:
         """What `set` put to work has failed at its first block: have what was there before make it."""
@@ -620,6 +695,8 @@ class LiveSession:
             block.settled = True
             self._skipped += 1
             self._given_up += 1
+            if self._rate.given_up() and self._spec.half_rate and self._crowded():
+                self._halve()
         return None
 
     async def _deliver(self, encoder: Encoder) -> None:
@@ -635,6 +712,7 @@ class LiveSession:
             await self._wait_for_picture(block, shown)
             if shown < len(block.pictures):
                 self._picture = block.pictures[shown]
+                self._repeated += block.half_rate and shown % 2
             elif self._frame:
                 self._held += 1
             begin = shown * self._samples_per_frame
@@ -698,6 +776,10 @@ class LiveSession:
 
     def _typical_s(self) -> float:
         return _quantile(self._steps, 0.5)
+
+    def _crowded(self) -> bool:
+        """Whether the last blocks took too long, and not one of them much too long."""
+        return _quantile(list(self._steps)[-LATE_BLOCKS:], 0.5) > CROWDED * self._spec.block_seconds
 
     def _needed_s(self) -> float:
         """How long before it is due a block must be cut to be made in time; beyond a block nothing gets better."""

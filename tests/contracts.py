@@ -11,7 +11,7 @@ import pytest
 
 from audio.blocks import BlockCutter
 from audio.chunk import AudioChunk
-from avatar.model import AvatarModel, FrameBlock, Piecewise, Reference, Resumable, StreamSpec
+from avatar.model import AvatarModel, FrameBlock, HalfRate, Piecewise, Reference, Resumable, StreamSpec
 from avatar.stateful import clone, load, save
 from streaming.encoder import SOUND_RATE, Encoder, EncoderSettings
 from streaming.sinks import Sink
@@ -38,6 +38,9 @@ def check_model(model: AvatarModel, blocks: int = 3, tail_frames: int = 5) -> No
 
     if isinstance(model, Piecewise):
         _check_pieces(model, reference, sound, whole)
+    assert isinstance(model, HalfRate) == spec.half_rate
+    if isinstance(model, HalfRate):
+        _check_half_rate(model, reference, sound, whole)
     _same(_speak(model, reference, sound, [777]), whole, "the frames depend on how the sound was chunked")
     _same(_speak(model, reference, sound, [len(sound)]), whole, "the same seed gave other frames")
     _check_sessions_are_isolated(model, reference, sound, whole)
@@ -142,6 +145,27 @@ def _check_pieces(model: Any, reference: Reference, sound: np.ndarray, whole: Se
     frames, expected = (np.concatenate([part.frames for part in parts]).astype(int) for parts in (pieces, whole))
     assert np.abs(frames - expected).max() <= 1, "the frames depend on whether they come in pieces"
     np.testing.assert_array_equal(*(np.concatenate([part.audio for part in parts]) for parts in (pieces, whole)))
+
+
+def _check_half_rate(model: Any, reference: Reference, sound: np.ndarray, whole: Sequence[FrameBlock]) -> None:
+    """At half rate a block has each second frame twice, and nothing that follows is any other."""
+    state, made = model.start(reference), []
+    for number, audio in enumerate(_cut(model.spec, sound, [len(sound)])):
+        made += (model.step, model.step_at_half_rate)[number % 2](state, audio)
+    made += model.finish(state)
+    halved = [number for number, (ours, theirs) in enumerate(zip(made, whole, strict=True)) if not _equal(ours, theirs)]
+    assert halved, "no block at half rate"
+    for ours, theirs in zip(made, whole):
+        if _equal(ours, theirs):
+            continue
+        shown = theirs.frames[::2].repeat(2, axis=0)[: len(theirs.frames)].astype(int)
+        assert np.abs(ours.frames - shown).max() <= 1, "other frames than each second one"
+        np.testing.assert_array_equal(ours.audio, theirs.audio)
+        assert ours.start == theirs.start
+
+
+def _equal(ours: FrameBlock, theirs: FrameBlock) -> bool:
+    return len(ours.frames) == len(theirs.frames) and bool((np.abs(ours.frames.astype(int) - theirs.frames) <= 1).all())
 
 
 def _speak(model: AvatarModel, reference: Reference, sound: np.ndarray, lengths: Sequence[int]) -> list[FrameBlock]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from audio.chunk import AudioBlock
 from audio.errors import AvatardError
-from avatar.model import AvatarModel, FrameBlock, Part, Piecewise, Reference, StreamSpec
+from avatar.model import AvatarModel, FrameBlock, HalfRate, Part, Piecewise, Reference, StreamSpec
 
 CLICK = 0.5
 """A frame is white when its sound reaches this."""
@@ -58,7 +58,7 @@ class ToyModel:
     def __init__(
         self, size: tuple[int, int], delay: int = 0, step_s: float = 0.0, fail_at: int = -1, how: str = "bug"
     ) -> None:
-        self.spec = StreamSpec(width=size[0], height=size[1], lookahead_samples=1280)
+        self.spec = StreamSpec(width=size[0], height=size[1], lookahead_samples=1280, half_rate=True)
         self.delay, self.step_s, self.fail_at, self.how = delay, step_s, fail_at, how
 
     def parts(self) -> list[Part]:
@@ -89,6 +89,12 @@ class ToyModel:
         state.waiting.append(FrameBlock(frames, audio.samples[: audio.valid].copy(), audio.start // 640))
         state.blocks += 1
         return [state.waiting.pop(0)] if len(state.waiting) > self.delay else []
+
+    def step_at_half_rate(self, state: ToyState, audio: AudioBlock) -> list[FrameBlock]:
+        blocks = self.step(state, audio)
+        for block in blocks:
+            block.frames[1::2] = block.frames[:-1:2]
+        return blocks
 
     def finish(self, state: ToyState) -> list[FrameBlock]:
         ready, state.waiting = state.waiting, []
@@ -147,4 +153,7 @@ def load_flashing(size: tuple[int, int] | None, steps: int | None, options: dict
     if isinstance(model, Piecewise):
         in_pieces = model.step_in_pieces
         model.step_in_pieces = lambda state, audio: flashing(in_pieces(state, audio))
+    if isinstance(model, HalfRate):
+        at_half_rate = model.step_at_half_rate
+        model.step_at_half_rate = lambda state, audio: list(flashing(at_half_rate(state, audio)))
     return model

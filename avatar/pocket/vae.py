@@ -92,11 +92,13 @@ class Grow(nn.Module):
         self.conv = nn.Conv2d(width_in, width_out * 8, 1)
         self.width = width_out
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
+    def forward(self, x: Tensor, steps: int = 2) -> Tensor:
+        """steps: 1: of each two that it makes the first alone, for half of the work."""
+        channels = steps * self.width * 4
+        x = F.conv2d(x, self.conv.weight[:channels], self.conv.bias[:channels])
         n, _, h, w = x.shape
-        x = x.permute(0, 2, 3, 1).reshape(n, h, w, 2, self.width, 2, 2)
-        return x.permute(0, 3, 1, 5, 2, 6, 4).reshape(n * 2, h * 2, w * 2, self.width).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1).reshape(n, h, w, steps, self.width, 2, 2)
+        return x.permute(0, 3, 1, 5, 2, 6, 4).reshape(n * steps, h * 2, w * 2, self.width).permute(0, 3, 1, 2)
 
 
 class Encoder(nn.Module):
@@ -149,8 +151,11 @@ class Decoder(nn.Module):
         self.skip = nn.Conv2d(c, 3 * config.fold**2, 1)
         self.fold = config.fold
 
-    def forward(self, latents: Tensor, state: DecoderState | None = None) -> Tensor:
-        """[B, T, channels, h, w] to frames [B, 4 T, 3, 16 h, 16 w], about -1..1; `state` is advanced in place."""
+    def forward(self, latents: Tensor, state: DecoderState | None = None, every: int = 1) -> Tensor:
+        """[B, T, channels, h, w] to frames [B, 4 T / every, 3, 16 h, 16 w], about -1..1; `state` is advanced in place.
+
+        every: 1, or 2 for each second frame, from the first on: nothing that is remembered depends on the others.
+        """
         batch, steps = latents.shape[:2]
         x = self.conv_in(_channels_last(latents.flatten(0, 1)))
         for i, (space, time) in enumerate(zip(self.coarse, self.coarse_time, strict=True)):
@@ -159,12 +164,12 @@ class Decoder(nn.Module):
         for space in self.middle:
             x = space(x)
         x = self.middle_time(x, 2 * steps, state, "middle")
-        x = self.grow2(x)
+        x = self.grow2(x, 2 // every)
         for space in self.fine:
             x = space(x)
         x = self.norm(x)
         x = self.conv_out(F.silu(x)) + self.skip(x)
-        return F.pixel_shuffle(x, self.fold).unflatten(0, (batch, 4 * steps))
+        return F.pixel_shuffle(x, self.fold).unflatten(0, (batch, 4 * steps // every))
 
 
 class PocketVae(nn.Module):
@@ -187,6 +192,9 @@ class PocketVae(nn.Module):
         """The memory of one decode stream, empty: as before the first frame."""
         return {}
 
-    def decode(self, latents: Tensor, state: DecoderState | None = None) -> Tensor:
-        """Latents to frames in about -1..1; with a `state`, as the continuation of what it saw before (in place)."""
-        return self.decoder(latents * self.std.to(latents.dtype) + self.mean.to(latents.dtype), state)
+    def decode(self, latents: Tensor, state: DecoderState | None = None, every: int = 1) -> Tensor:
+        """Latents to frames in about -1..1; with a `state`, as the continuation of what it saw before (in place).
+
+        every: as `Decoder` takes it.
+        """
+        return self.decoder(latents * self.std.to(latents.dtype) + self.mean.to(latents.dtype), state, every)

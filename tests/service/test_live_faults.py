@@ -542,7 +542,7 @@ class OnTheClock:
     def blocks(self) -> int:
         return self._state.blocks
 
-    async def step(self, audio: Any, on_frames: Any) -> list[Any]:
+    async def step(self, audio: Any, on_frames: Any, half_rate: bool = False) -> list[Any]:
         await asyncio.sleep(0.1)
         made = self._toy.step(self._state, audio)
         for block in made:

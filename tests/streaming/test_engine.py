@@ -76,6 +76,17 @@ async def test_frames_and_their_place_come_through_shared_memory():
     np.testing.assert_array_equal(tail[0].audio, sound(3).samples[:1300])
 
 
+async def test_half_of_the_pictures_can_be_asked_for_block_by_block():
+    async with await Engine.launch(toy()) as engine:
+        assert (await engine.ready()).half_rate
+        whole, session = await engine.open(GREY), await engine.open(GREY)
+        for n, half_rate in enumerate([True, False, True]):
+            (every,) = await whole.step(sound(n))
+            (made,) = await session.step(sound(n), half_rate=half_rate)
+            shown = every.frames[::2].repeat(2, axis=0) if half_rate else every.frames
+            np.testing.assert_array_equal(made.frames, shown)
+
+
 async def test_two_sessions_at_once_give_what_each_gives_alone():
     async with await Engine.launch(toy()) as engine:
         together = await asyncio.gather(frames_of(engine, 4, seed=1), frames_of(engine, 4, seed=2))

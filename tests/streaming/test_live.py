@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from audio.source import PushSource
 from avatar.model import FrameBlock, Reference
 from avatar.stateful import clone, restore
 from streaming.lane import Lane, LanePolicy
-from streaming.live import LiveSession, LiveSettings, LiveStatus
+from streaming.live import CALM_BLOCKS, LATE_BLOCKS, LiveSession, LiveSettings, LiveStatus
 from streaming.sinks import FileSink, Sink, SinkError
 
 GREY = Reference(np.full((8, 8, 3), 120, np.uint8))
@@ -39,9 +40,10 @@ class InVirtualTime:
         failures: set[int],
         delay: int,
         frames_at_once: int,
+        half_s: float | None,
     ) -> None:
         self.toy = ToyModel((64, 64), delay=delay)
-        self.spec = self.toy.spec
+        self.spec, self.half_s = replace(self.toy.spec, half_rate=half_s is not None), half_s
         self.state: ToyState = self.toy.start(reference)
         self.step_s, self.times, self.failures = step_s, times, failures
         self.frames_at_once = frames_at_once
@@ -53,15 +55,16 @@ class InVirtualTime:
     def blocks(self) -> int:
         return self.state.blocks
 
-    async def step(self, audio, on_frames):
+    async def step(self, audio, on_frames, half_rate=False):
         assert not self.closed
         size = self.frames_at_once
-        piece_s = self.times.get(self.blocks, self.step_s) * size / self.spec.frames_per_block
+        step_s = self.half_s if half_rate and self.half_s else self.times.get(self.blocks, self.step_s)
+        piece_s = step_s * size / self.spec.frames_per_block
         await asyncio.sleep(piece_s)
         if self.blocks in self.failures:
             raise AvatardError(f"toy: block {self.blocks} is not to my taste")
         self.before.append(clone(self.state))
-        made = self.toy.step(self.state, audio)
+        made = (self.toy.step_at_half_rate if half_rate else self.toy.step)(self.state, audio)
         for block in made:
             for at in range(0, len(block.frames), size):
                 await asyncio.sleep(piece_s if at else 0)
@@ -90,6 +93,7 @@ class OnAir:
         settings: LiveSettings | None = None,
         delay: int = 0,
         frames_at_once: int = 12,
+        half_s: float | None = None,
     ) -> None:
         self.path = folder / "live.mp4"
         self.loop = asyncio.get_running_loop()
@@ -97,7 +101,7 @@ class OnAir:
         self.source = PushSource(48_000, ahead_s=60)
         self.models: list[InVirtualTime] = []
         self.changes: list[tuple[float, str]] = []
-        self.how = (step_s, times or {}, failures or set(), delay, frames_at_once)
+        self.how = (step_s, times or {}, failures or set(), delay, frames_at_once, half_s)
         self.stop = asyncio.Event()
         self.lane = file_lane(self.path, self.loop.time)
         self.session = LiveSession(
@@ -345,6 +349,43 @@ def test_the_first_frames_of_a_block_are_not_kept_waiting_for_its_last(tmp_path)
     assert heard[4] == pytest.approx(heard[12] - 1.1 * 0.2, abs=0.03)
 
 
+def test_a_model_too_slow_for_every_picture_makes_every_other_one(tmp_path, caplog):
+    async def show(air):
+        await air.until(1.0)
+        await air.say(clicks_at(np.arange(0.0, 20.0, 0.4), 20.0, 48_000))
+        await air.until(24.0)
+
+    with caplog.at_level(logging.WARNING):
+        file, status, air = broadcast(tmp_path, show, step_s=0.7, half_s=0.4)
+    assert "a block takes the model 700 ms of the 480 ms it lasts: every other picture is made" in caplog.text
+    assert "too slow to be live" not in caplog.text
+    told = [what for _, what in air.changes]
+    assert told.index("half rate") < told.index("on air")
+    assert status.half_rate
+    assert (status.held, status.skipped) == (0, 0)
+    assert status.repeated == pytest.approx(status.frames / 2, abs=1)
+    assert np.diff(file.clicks()) == pytest.approx(0.4, abs=0.002)
+
+
+def test_pictures_are_halved_while_a_machine_is_busy_and_no_longer(tmp_path):
+    busy = range(30, 60)
+
+    async def show(air):
+        await air.until(60.0)
+        assert air.session.status.half_rate
+        await air.until(170.0)
+
+    _, status, air = broadcast(tmp_path, show, step_s=0.2, times=dict.fromkeys(busy, 0.7), half_s=0.15)
+    at = {what: moment for moment, what in air.changes}
+    blocks = (at["full rate"] - at["half rate"]) / BLOCK_S
+    assert blocks == pytest.approx(CALM_BLOCKS, abs=2)
+    assert not status.half_rate
+    assert status.repeated == pytest.approx(6 * CALM_BLOCKS, abs=24)
+    assert status.skipped == pytest.approx(LATE_BLOCKS, abs=2)
+    # Those given up, and of those made in between what came too late.
+    assert status.held < 12 * 3 * LATE_BLOCKS
+
+
 def test_a_model_that_is_too_slow_is_told_of_and_never_delays_the_sound(tmp_path, caplog):
     async def show(air):
         await air.until(1.0)
@@ -372,7 +413,8 @@ def test_a_hiccup_of_the_model_holds_the_picture_and_leaves_no_delay(tmp_path):
         await air.say(clicks_at([0.2, 9.0], 10.0, 48_000))
         await air.until(13.0)
 
-    file, status, _ = broadcast(tmp_path, show, times={10: 3.0})
+    file, status, _ = broadcast(tmp_path, show, times={12: 3.0}, half_s=0.1)
+    assert not status.repeated
     assert 40 < status.held < 90
     assert status.skipped >= 4
     assert len(file.clicks()) == len(file.flashes()) == 2
