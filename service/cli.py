@@ -232,7 +232,8 @@ def _run_live(
         result = broadcast(request, settings, LiveWatcher(), BEGAN)
     if show.interactive:
         kept = f"; {', '.join(result.outputs)}" if result.outputs else ""
-        print(f"off air after {result.seconds:.1f} s, {result.held} frames held{kept}", file=sys.stderr)
+        halved = f", {result.repeated} a picture's second showing" if result.repeated else ""
+        print(f"off air after {result.seconds:.1f} s, {result.held} frames held{halved}{kept}", file=sys.stderr)
     elif not show.as_json and not show.quiet and not result.frames:
         _complain("stopped before the first frame; nothing was sent")
     if result.lost:

@@ -154,8 +154,9 @@ def status_text(event: Event) -> str:
     seconds = event["frames"] // 25
     clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     doing = "speaking" if event["speaking"] else "idle"
+    halved = "  half rate" if event["half_rate"] else ""
     lines = [
-        f"{air} {clock}  {doing}  ahead {event['ahead_s']:.2f} s  load {event['load']:.0%}  "
+        f"{air} {clock}  {doing}  ahead {event['ahead_s']:.2f} s  load {event['load']:.0%}{halved}  "
         f"skew {1000 * event['skew_s']:.0f} ms  held {event['held']}  engine {event['engine']} "
         f"({event['engine_restarts']} restarts)"
     ]
