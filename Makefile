@@ -23,7 +23,7 @@ test: export OMP_WAIT_POLICY ?= PASSIVE
 # One worker has what lives in real time, and the others what only computes, on one thread each.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) system-packages lint
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

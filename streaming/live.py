@@ -65,7 +65,7 @@ HOPE = 0.8
 """By how much less than usual a block is expected to take, for each in a row that was given up, five times at most."""
 
 CROWDED = 0.85
-"""Of its length a block may take before going on air: encoders, which work beside it then, need their part too."""
+"""Of its length a block may take and leave encoders their part, of which nothing is seen before going on air."""
 
 LATE_BLOCKS, RECENT_BLOCKS = 5, 50
 """Where so many of the last ones were given up, and a block takes too long, every other picture is made, if the model

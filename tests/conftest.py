@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,22 +15,9 @@ HERE = Path(__file__).parent
 SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
-ON_THE_CLOCK = re.compile(r"streaming/|service/test_(live|sessions|page(_in_earnest)?|http_in_earnest|daemon|mqtt)\.py")
-"""What lives in real time, or starts several processes that do."""
-
-
 def find_program(name: str) -> str | None:
     """Where a system program is; servers live in /usr/sbin, which is not in an ordinary user's PATH."""
     return shutil.which(name, path=SYSTEM_PATH)
-
-
-# Before pytest-xdist looks for groups.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers a module stays with one of them, and what is on the clock goes one after another there."""
-    for item in items:
-        path = item.path.relative_to(HERE).as_posix()
-        item.add_marker(pytest.mark.xdist_group("clock" if ON_THE_CLOCK.match(path) else path))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
