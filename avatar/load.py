@@ -177,13 +177,13 @@ ENOUGH = 0.6
 class LiveThreads:
     """How many threads a model takes on air: one less than there are cores where that is fast enough, else all.
 
-    Found from the first blocks that are made on air, which nobody is shown. Of four with one less the last two are
+    Found from the first blocks that are made on air, which nobody is shown. Of three with one less the last two are
     measured; where those were too slow, three with all follow, and again the last two are measured: with another
     number of threads a library makes its kernels anew. On two cores without AVX-512 a block of pocket took 0.65 s with
     one thread and 0.37 with two.
     """
 
-    FEWER, ALL = 4, 7
+    FEWER, ALL = 3, 6
 
     def __init__(self) -> None:
         self._taken: list[float] = []

@@ -154,7 +154,8 @@ class Child:
                 self._fail(header.get("id"), error)
             else:
                 seconds = time.monotonic() - began
-                if self._threads is not None and header["op"] == "step" and header["pieces"]:
+                measured = header["op"] == "step" and header["pieces"] and not header["half_rate"]
+                if self._threads is not None and measured:
                     self._threads.took(seconds, self._model.spec.block_seconds)
                 if "id" in header:
                     self._send({"op": "done", "id": header["id"], "seconds": seconds, "bytes": written})
@@ -206,7 +207,8 @@ class Child:
         if session.depth:
             self._remember(session, header["block"])
         if self._threads is not None:
-            self._threads.use(live=header["pieces"])
+            # Who asks for half of the pictures has no core to spare; so this is known also where a process died.
+            self._threads.use(live=header["pieces"] and not header["half_rate"])
         sound = np.frombuffer(body, np.float32)
         samples, ahead = sound[: header["samples"]], sound[header["samples"] :]
         audio = AudioBlock(samples, header["start"], header["valid"], ahead)

@@ -87,12 +87,12 @@ def test_without_a_number_there_is_a_thread_for_each_core(monkeypatch, given):
 @pytest.mark.parametrize(
     ("taken", "all_of_them"),
     [
-        ((3.0, 0.5, 0.2, 0.2), False),
-        ((3.0, 0.5, 0.4, 0.4), True),
-        ((3.0, 0.5, 0.4, 0.4, 0.6, 0.35, 0.3, 0.1), True),
-        ((3.0, 0.5, 0.4, 0.4, 0.6, 0.5, 0.35), True),
-        ((3.0, 0.5, 0.4, 0.4, 0.3, 0.39, 0.4), False),
-        ((3.0, 0.5, 0.9, 0.2, 0.4, 0.4, 0.4), False),
+        ((3.0, 0.2, 0.2), False),
+        ((3.0, 0.4, 0.4), True),
+        ((3.0, 0.4, 0.4, 0.6, 0.35, 0.3, 0.1), True),
+        ((3.0, 0.4, 0.4, 0.6, 0.5, 0.35), True),
+        ((3.0, 0.4, 0.4, 0.3, 0.39, 0.4), False),
+        ((3.0, 0.9, 0.2, 0.4, 0.4, 0.4), False),
     ],
     ids=["fast enough", "too slow", "faster with all", "slow at first", "all are no faster", "slow only once"],
 )
