@@ -349,14 +349,15 @@ def test_the_first_frames_of_a_block_are_not_kept_waiting_for_its_last(tmp_path)
     assert heard[4] == pytest.approx(heard[12] - 1.1 * 0.2, abs=0.03)
 
 
-def test_a_model_too_slow_for_every_picture_makes_every_other_one(tmp_path, caplog):
-    async def show(air):
-        await air.until(1.0)
-        await air.say(clicks_at(np.arange(0.0, 20.0, 0.4), 20.0, 48_000))
-        await air.until(24.0)
+async def twenty_seconds_of_clicks(air: OnAir) -> None:
+    await air.until(1.0)
+    await air.say(clicks_at(np.arange(0.0, 20.0, 0.4), 20.0, 48_000))
+    await air.until(24.0)
 
+
+def test_a_model_too_slow_for_every_picture_makes_every_other_one(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        file, status, air = broadcast(tmp_path, show, step_s=0.7, half_s=0.4)
+        file, status, air = broadcast(tmp_path, twenty_seconds_of_clicks, step_s=0.7, half_s=0.4)
     assert "a block takes the model 700 ms of the 480 ms it lasts: every other picture is made" in caplog.text
     assert "too slow to be live" not in caplog.text
     told = [what for _, what in air.changes]
@@ -387,13 +388,8 @@ def test_pictures_are_halved_while_a_machine_is_busy_and_no_longer(tmp_path):
 
 
 def test_a_model_that_is_too_slow_is_told_of_and_never_delays_the_sound(tmp_path, caplog):
-    async def show(air):
-        await air.until(1.0)
-        await air.say(clicks_at(np.arange(0.0, 20.0, 0.4), 20.0, 48_000))
-        await air.until(24.0)
-
     with caplog.at_level(logging.WARNING):
-        file, status, air = broadcast(tmp_path, show, step_s=0.7)
+        file, status, air = broadcast(tmp_path, twenty_seconds_of_clicks, step_s=0.7)
     assert "too slow to be live: a block takes the model 700 ms of the 480 ms it lasts" in caplog.text
     assert [what for _, what in air.changes].index("too slow") < [what for _, what in air.changes].index("on air")
     assert status.load == pytest.approx(0.7 / BLOCK_S, rel=0.01)
