@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -297,6 +298,8 @@ class _Daemon:
             await app.engine.ready()
         finally:
             telling.cancel()
+        # What is there now stays: a collection that walks through it all holds the loop up for two frames.
+        gc.freeze()
         log.info("ready")
         self._systemd.ready("ready")
         await self._engine_ended.wait()

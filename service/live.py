@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import signal
@@ -190,6 +191,8 @@ class _Broadcast:
             on_change=self._tell,
         )
         self._reader = reader
+        # What is there now stays: a collection that walks through it all holds the loop up for longer than a frame.
+        gc.freeze()
         tellers = [asyncio.create_task(self._read(reader), name="reader"), asyncio.create_task(self._report())]
         try:
             status = await session.run(self._stop)

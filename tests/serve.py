@@ -39,6 +39,7 @@ class Serve:
         model: str = TOY,
         notify: bool = False,
         watchdog_s: float | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.folder, self.state, self.outputs = folder, folder / "state", folder / "results"
         own = {
@@ -54,7 +55,7 @@ class Serve:
             *(("--config", str(config)) if config is not None else ()),
             *(word for assignment in assignments for word in ("--set", assignment)),
         ]
-        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})}
         self.told: list[str] = []
         """What systemd would have heard, datagram by datagram."""
         self._notified: socket.socket | None = None

@@ -10,11 +10,12 @@ import signal
 import socket
 import time
 
+import garbage
 import numpy as np
 import pytest
 from mp4 import clicks_at, read_mp4, write_sound
 from prometheus_client.parser import text_string_to_metric_families
-from serve import Serve
+from serve import ROOT, Serve
 from virtual_loop import run_virtual
 from waiting import until
 
@@ -36,7 +37,8 @@ def speech(tmp_path):
 
 def test_a_day_of_the_daemon(tmp_path, speech):
     """Not ready, ready, a job from its sound to its file, the engine's death, the end; systemd is told of it all."""
-    with Serve(tmp_path, notify=True, watchdog_s=1.5) as serve:
+    watched = garbage.watched(tmp_path / "garbage", str(ROOT))
+    with Serve(tmp_path, notify=True, watchdog_s=1.5, environment=watched) as serve:
         assert serve.call("GET", "/livez").status_code == 200
         # Taken before the model is warm.
         job = serve.submit(speech(), id="early", seed=7)
@@ -65,6 +67,7 @@ def test_a_day_of_the_daemon(tmp_path, speech):
         before = time.monotonic()
         assert serve.stop() == 0
         assert time.monotonic() - before < 10
+        assert garbage.share_walked(tmp_path / "garbage", serve.process.pid) < 0.2
         assert any("STOPPING=1" in told for told in serve.told)
         assert "Traceback" not in serve.text
 

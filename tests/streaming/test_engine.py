@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +202,23 @@ async def test_an_engine_that_is_still_loading_is_closed_at_once(tmp_path):
     await asyncio.wait_for(engine.close(), 5)
     with pytest.raises(EngineError):
         await engine.ready()
+
+
+async def test_a_collection_of_garbage_has_next_to_nothing_to_walk_through(tmp_path):
+    counting = """
+class Counting(ToyModel):
+    def step(self, state, audio):
+        raise AvatardError(f"{len(gc.get_objects())} {gc.get_freeze_count()}")
+
+def load(size, steps, options):
+    return Counting((64, 64))
+"""
+    async with await Engine.launch(own_model(tmp_path, "\nimport gc\n" + counting)) as engine:
+        session = await engine.open(GREY)
+        with pytest.raises(AvatardError) as error:
+            await session.step(sound(0))
+    walked, kept = map(int, re.findall(r"\d+", str(error.value))[-2:])
+    assert walked < kept / 10
 
 
 async def test_engines_that_come_and_go_leave_no_descriptor_behind():
