@@ -566,7 +566,9 @@ async def test_an_answer_that_is_missing_is_asked_for_again(web, tmp_path, caplo
     listening = Listening(f"{web}/a.wav?token=SECRET", None, sleep=at_once([]))
     async with listening.running():
         await until_async(lambda: "404" in listening.reader.status.last_error)
-        soundfile.write(tmp_path / "a.wav", voice(0.5, 16_000), 16_000)
+        # There as a whole or not at all: it is asked for all the time.
+        soundfile.write(tmp_path / "written.wav", voice(0.5, 16_000), 16_000)
+        (tmp_path / "written.wav").rename(tmp_path / "a.wav")
         await until_async(lambda: listening.state == "ended")
     assert listening.sound.size == pytest.approx(RATE / 2, abs=2)
     assert "SECRET" not in caplog.text
