@@ -446,7 +446,7 @@ def border_ratio(pictures: Tensor) -> float:
     return float(change[border].mean() / change[~border].mean())
 
 
-def train_vae(shop: Workshop, batch: int = 10, frames: int = 12) -> None:
+def train_vae(shop: Workshop, batch: int = 10, frames: int = 12, unseen: int = 128) -> None:
     torch.manual_seed(1)
     g = shop.rng(1)
     speech = shop.speech()
@@ -485,7 +485,7 @@ def train_vae(shop: Workshop, batch: int = 10, frames: int = 12) -> None:
     run.finish()
     with torch.no_grad(), shop.half():
         means, whole, face = [], [], []
-        for i in range(8):
+        for i in range(unseen // 16):
             clips = make_clips(speech, 16, 16, shop.rng(9000 + i))
             wanted = paint(clips) * 2 - 1
             mean = vae.encoder(wanted)[0].float()

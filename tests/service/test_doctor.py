@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from live import TOY
 
 from service import doctor
 from service.config import ConfigError, Settings, load_settings
@@ -322,7 +323,7 @@ def test_the_command_ends_with_1_when_there_is_a_problem(tmp_path, capsys, monke
 
     monkeypatch.setattr(doctor, "ASK_TORCH", "raise SystemExit('no torch')")
     with pytest.raises(SystemExit) as ended:
-        main(["doctor", "--json", *settings_in(tmp_path)])
+        main(["doctor", "--json", f"--set=model.name={TOY}", *settings_in(tmp_path)])
     assert ended.value.code == 1
     told = json.loads(capsys.readouterr().out)
     assert told["level"] == "problem"

@@ -28,7 +28,7 @@ A_STEP_S = 1e-6
 """A budget that the first step exceeds."""
 
 SIZES: dict[str, dict[str, int]] = {
-    "vae": {"batch": 1, "frames": 4},
+    "vae": {"batch": 1, "frames": 4, "unseen": 16},
     "ear": {"batch": 2, "frames": 4},
     "meter": {"batch": 4},
     "reader": {"batch": 2, "latents": 6, "pool_size": 4, "first": 1},
