@@ -298,11 +298,14 @@ class _Daemon:
             await app.engine.ready()
         finally:
             telling.cancel()
-        # What is there now stays: a collection that walks through it all holds the loop up for two frames.
-        gc.freeze()
         log.info("ready")
         self._systemd.ready("ready")
-        await self._engine_ended.wait()
+        # What is there now stays: a collection that walks through it all holds the loop up for two frames.
+        gc.freeze()
+        try:
+            await self._engine_ended.wait()
+        finally:
+            gc.unfreeze()
         # Says why.
         await app.engine.ready()
 

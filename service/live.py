@@ -191,12 +191,13 @@ class _Broadcast:
             on_change=self._tell,
         )
         self._reader = reader
+        tellers = [asyncio.create_task(self._read(reader), name="reader"), asyncio.create_task(self._report())]
         # What is there now stays: a collection that walks through it all holds the loop up for longer than a frame.
         gc.freeze()
-        tellers = [asyncio.create_task(self._read(reader), name="reader"), asyncio.create_task(self._report())]
         try:
             status = await session.run(self._stop)
         finally:
+            gc.unfreeze()
             for task in tellers:
                 task.cancel()
             await asyncio.gather(*tellers, return_exceptions=True)
