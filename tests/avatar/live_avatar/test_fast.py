@@ -71,6 +71,7 @@ def test_the_decoder_is_a_graph_for_one_latent_and_one_for_a_block(graphs, plain
     assert furthest(compiled, plain) < 1e-5
 
 
+@pytest.mark.slow  # the compiler itself, for a minute
 def test_a_compiled_decoder_keeps_no_more_than_its_memory():
     """A compiler left to itself hands out views of what it worked in, and that would live as long."""
     model = random_live_avatar(OPTIONS, CONFIG, vae_width=4, speech_layers=1)
