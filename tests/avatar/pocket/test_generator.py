@@ -172,7 +172,7 @@ def test_half_precision_stays_close_to_single(exact):
     for networks in (exact, load_networks(shipped_weights(), torch.bfloat16)):
         model = PocketModel(networks, Options(steps=2))
         state = model.start(Reference(picture(), seed=1))
-        made.append(np.concatenate([block.frames for block in steps(model, state, 0)]).astype(np.float32))
+        made.append(np.concatenate([block.frames for block in steps(model, state, 0, 1)]).astype(np.float32))
     assert np.abs(made[0] - made[1]).mean() < 3.0, "levels of 255"
 
 
