@@ -20,7 +20,7 @@ demo: $(STAMP)
 
 # Threads that wait sleep instead of spinning: on a busy machine the tests then take half as long.
 test: export OMP_WAIT_POLICY ?= PASSIVE
-# One worker has what lives in real time, and the others what only computes, on one thread each.
+# One thread for each worker and each process that it starts: they are as many as the cores already.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) system-packages lint
 	$(BIN)/pytest -q -n $(WORKERS) $(PYTEST_ARGS)
