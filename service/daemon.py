@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
-import gc
 import logging
 import os
 import signal
@@ -28,7 +27,7 @@ from service.app import App
 from service.config import ConfigError, Settings, reloaded
 from service.hub import Hub
 from service.metrics import Metrics
-from service.run import engine_settings
+from service.run import engine_settings, unswept
 from service.secrets import check_certificate
 from streaming.engine import Engine, EngineError, EngineSettings, EngineState, Restarts
 
@@ -300,12 +299,8 @@ class _Daemon:
             telling.cancel()
         log.info("ready")
         self._systemd.ready("ready")
-        # What is there now stays: a collection that walks through it all holds the loop up for two frames.
-        gc.freeze()
-        try:
+        with unswept():
             await self._engine_ended.wait()
-        finally:
-            gc.unfreeze()
         # Says why.
         await app.engine.ready()
 

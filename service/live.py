@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import contextlib
 import dataclasses
-import gc
 import math
 import os
 import signal
@@ -29,6 +28,7 @@ from service.run import (
     read_image,
     spare_sources,
     stopping_signals,
+    unswept,
 )
 from streaming.engine import Engine, EngineSettings, Restarts
 
@@ -192,12 +192,10 @@ class _Broadcast:
         )
         self._reader = reader
         tellers = [asyncio.create_task(self._read(reader), name="reader"), asyncio.create_task(self._report())]
-        # What is there now stays: a collection that walks through it all holds the loop up for longer than a frame.
-        gc.freeze()
         try:
-            status = await session.run(self._stop)
+            with unswept():
+                status = await session.run(self._stop)
         finally:
-            gc.unfreeze()
             for task in tellers:
                 task.cancel()
             await asyncio.gather(*tellers, return_exceptions=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -314,6 +315,16 @@ async def or_stop(stop: asyncio.Event, work: Awaitable[R]) -> R:
         for task in (working, stopping):
             task.cancel()
         await asyncio.gather(working, stopping, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def unswept() -> Iterator[None]:
+    """The collector of garbage leaves alone what is there already: to walk through it all takes longer than a frame."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from live import ROOT
+
 TELL = """\
 import gc, os, threading, time
 
@@ -20,11 +22,11 @@ threading.Thread(target=tell, daemon=True).start()
 """
 
 
-def watched(folder: Path, path: str) -> dict[str, str]:
-    """An environment for a process with this PYTHONPATH, in which it and those that it starts will tell."""
+def watched(folder: Path) -> dict[str, str]:
+    """An environment for `Live` and `Serve`, in which a process and those that it starts will tell."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(TELL)
-    return {"PYTHONPATH": os.pathsep.join((str(folder), path))}
+    return {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
 
 
 def share_walked(folder: Path, pid: int) -> float:

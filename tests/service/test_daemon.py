@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mp4 import clicks_at, read_mp4, write_sound
 from prometheus_client.parser import text_string_to_metric_families
-from serve import ROOT, Serve
+from serve import Serve
 from virtual_loop import run_virtual
 from waiting import until
 
@@ -37,7 +37,7 @@ def speech(tmp_path):
 
 def test_a_day_of_the_daemon(tmp_path, speech):
     """Not ready, ready, a job from its sound to its file, the engine's death, the end; systemd is told of it all."""
-    watched = garbage.watched(tmp_path / "garbage", str(ROOT))
+    watched = garbage.watched(tmp_path / "garbage")
     with Serve(tmp_path, notify=True, watchdog_s=1.5, environment=watched) as serve:
         assert serve.call("GET", "/livez").status_code == 200
         # Taken before the model is warm.

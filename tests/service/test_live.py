@@ -20,7 +20,7 @@ import procs
 import psutil
 import pytest
 import skew
-from live import ENGINE, PUBLISHER, ROOT, Live
+from live import ENGINE, PUBLISHER, Live
 from mp4 import Mp4, read_mp4
 from proxy import Proxy, free_port
 from rtmp import RtmpServer
@@ -95,7 +95,7 @@ def test_a_voice_is_seen_and_heard_at_one_moment_in_a_file_and_on_a_server(tmp_p
 
 
 def test_without_a_voice_it_is_idle_and_never_black(tmp_path):
-    with Live(tmp_path, ["show.mp4"], QUICK, environment=garbage.watched(tmp_path / "garbage", str(ROOT))) as live:
+    with Live(tmp_path, ["show.mp4"], QUICK, environment=garbage.watched(tmp_path / "garbage")) as live:
         live.wait_for("on air")
         time.sleep(2)
         assert live.stop() == 0
